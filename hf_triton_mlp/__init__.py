@@ -1,0 +1,26 @@
+"""Fused Triton MLPs for Hugging Face Transformers models: `patch_model(model)`."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from hf_triton_mlp.mlp import MLPConfig, TritonMLP
+from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, ResidualAddOp, VectorMatMulOp
+from hf_triton_mlp.patching import patch_model, patch_report, patched, unpatch_model
+
+try:
+    __version__ = version("hf_triton_mlp")
+except PackageNotFoundError:  # a checkout that is not installed: patch_model says what to do
+    __version__ = "0+unknown"
+
+__all__ = [
+    "GELUGemmOp",
+    "MLPConfig",
+    "MLPGemmOp",
+    "MLPWeights",
+    "ResidualAddOp",
+    "TritonMLP",
+    "VectorMatMulOp",
+    "patch_model",
+    "patch_report",
+    "patched",
+    "unpatch_model",
+]

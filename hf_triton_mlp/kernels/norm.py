@@ -1,0 +1,126 @@
+"""Row-wise work: the sum that feeds a norm, its statistics, the norm itself, residual sums."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask):
+    """x + add + add_bias at `offs` of one row, in float32; add and add_bias may be None."""
+    s = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if add_ptr is not None:
+        s += tl.load(add_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if add_bias_ptr is not None:
+        s += tl.load(add_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return s
+
+
+@triton.jit
+def row_statistics(
+    x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """(mean, 1 / sqrt(variance + eps)) of one row s = x + add + add_bias of K values.
+
+    NORM "layer_norm": two passes, so that the variance does not cancel. "rms_norm": mean is 0.
+    """
+    mean = 0.0
+    if NORM == "layer_norm":
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            offs = k + tl.arange(0, BLOCK_K)
+            total += load_sum(x_ptr, add_ptr, add_bias_ptr, offs, offs < K)
+        mean = tl.sum(total, axis=0) / K
+    squares = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, offs_k < K)
+        centred = tl.where(offs_k < K, s - mean, 0.0)
+        squares += centred * centred
+    return mean, 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
+
+
+@triton.jit
+def normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask):
+    """(s - mean) * rstd * norm_w + norm_b; norm_w and norm_b may be None."""
+    u = (s - mean) * rstd
+    if norm_w_ptr is not None:
+        u = u * tl.load(norm_w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if norm_b_ptr is not None:
+        u += tl.load(norm_b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    return u
+
+
+@triton.jit
+def norm_kernel(
+    x_ptr,
+    add_ptr,
+    add_bias_ptr,
+    norm_w_ptr,
+    norm_b_ptr,
+    sum_ptr,
+    out_ptr,
+    K,
+    stride_x,
+    stride_add,
+    eps,
+    NORM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """s = x + add + add_bias; out = norm(s); the sum is stored too where sum_ptr is given.
+
+    x, add: (M, K), row strides stride_x, stride_add; sum, out: (M, K), contiguous.
+    One program a row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    if add_ptr is not None:
+        add_ptr += row * stride_add
+    mean, rstd = row_statistics(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
+    for k in range(0, K, BLOCK_K):
+        offs = k + tl.arange(0, BLOCK_K)
+        mask = offs < K
+        s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
+        if sum_ptr is not None:
+            tl.store(sum_ptr + row * K + offs, s.to(sum_ptr.dtype.element_ty), mask=mask)
+        u = normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask)
+        tl.store(out_ptr + row * K + offs, u.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def residual_add_kernel(
+    x_ptr,
+    residual_ptr,
+    attention_ptr,
+    attention_bias_ptr,
+    final_bias_ptr,
+    out_ptr,
+    K,
+    stride_x,
+    stride_residual,
+    stride_attention,
+    share,
+    attention_share,
+    BLOCK_K: tl.constexpr,
+):
+    """out = x + share * (residual + attention_bias + final_bias) + attention_share * attention.
+
+    x, residual, attention: (M, K) with row strides; the biases: (K,); out: (M, K), contiguous.
+    Any summand but x may be None. Program (row, block of columns).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = offs < K
+    shared = tl.zeros((BLOCK_K,), tl.float32)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * stride_residual + offs, mask=mask, other=0.0)
+        shared += residual.to(tl.float32)
+    if attention_bias_ptr is not None:
+        shared += tl.load(attention_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if final_bias_ptr is not None:
+        shared += tl.load(final_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    out = tl.load(x_ptr + row * stride_x + offs, mask=mask, other=0.0).to(tl.float32)
+    out += share * shared
+    if attention_ptr is not None:
+        attention = tl.load(attention_ptr + row * stride_attention + offs, mask=mask, other=0.0)
+        out += attention_share * attention.to(tl.float32)
+    tl.store(out_ptr + row * K + offs, out.to(out_ptr.dtype.element_ty), mask=mask)

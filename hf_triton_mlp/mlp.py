@@ -1,0 +1,379 @@
+"""TritonMLP: an MLP, alone or in a model's layer, with its norm and residuals in fused kernels."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_triton_mlp.ops import (
+    DTYPES,
+    NORMS,
+    GELUGemmOp,
+    MLPGemmOp,
+    MLPWeights,
+    activation_function,
+    check_floating,
+    check_tensors,
+    compose,
+    kernels_apply,
+    needs_grad,
+    rms_norm,
+)
+
+Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """What an MLP computes. Sizes count elements; nothing is inferred from 4 * hidden.
+
+    norm: "layer_norm", "rms_norm" or None (no norm in front). pre_norm: the residual is what
+    enters the norm; post-norm: what leaves it. mp_size: ranks that share the weights.
+    Raises ValueError or TypeError for a value that is not supported.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    dtype: torch.dtype = torch.float32
+    activation: str = "gelu_new"
+    gated: bool = False
+    norm: str | None = "layer_norm"
+    norm_eps: float = 1e-5
+    norm_affine: bool = True
+    pre_norm: bool = True
+    up_bias: bool = True
+    down_bias: bool = True
+    mp_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "mp_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an int, found {value!r}")
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, found {value}")
+        activation_function(self.activation)
+        if self.norm is not None and self.norm not in NORMS:
+            raise ValueError(f"unknown norm {self.norm!r}; supported: {', '.join(NORMS)}, None")
+        if self.norm_eps < 0:
+            raise ValueError(f"norm_eps must not be negative, found {self.norm_eps}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype} is not supported; supported: {DTYPES}")
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling `module` does what its class says, so that its weights may be read instead.
+
+    Not so for another class (LoRA wrappers, quantized layers, parametrizations), for a module
+    with hooks, and for one whose forward was replaced on the instance (accelerate's hooks).
+    """
+    return (
+        type(module) in classes
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__
+    )
+
+
+def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """(weight as (out, in), bias) of a plain nn.Linear or Conv1D; None if it must be called."""
+    if is_plain(module, nn.Linear):
+        return module.weight, module.bias  # pyright: ignore[reportReturnType]
+    if is_plain(module, Conv1D):
+        return module.weight.t(), module.bias  # pyright: ignore
+    return None
+
+
+class TritonMLP(nn.Module):
+    """An MLP with the norm in front and the residuals around it.
+
+    Built from a config it owns its parameters: attn_nw, attn_nb (norm, H), inter_w (I, H) and
+    inter_b (up; a gated MLP has the gate's rows below the up rows: (2 I, H)), output_w (H, I) and
+    output_b (down). Inside a model it is made by `from_projections` and holds the model's own
+    projections under their own names, so that state_dict keys and adapters stay as they were.
+
+    On a GPU, without gradients, it runs fused Triton kernels. On the CPU, under autocast, when
+    gradients or dropout are needed, or when a projection is not a plain layer any more, it calls
+    its parts as the original did.
+    """
+
+    def __init__(
+        self,
+        config: MLPConfig,
+        mp_group: object | None = None,
+        q_scales: object | None = None,
+        q_groups: int = 1,
+        merge_count: int = 1,
+        mlp_extra_grouping: bool = False,
+    ) -> None:
+        super().__init__()
+        if mp_group is not None or config.mp_size != 1:
+            raise NotImplementedError(
+                "sharded execution (mp_group, mp_size > 1) is not implemented yet"
+            )
+        quantized = (q_scales, q_groups, merge_count, mlp_extra_grouping)
+        if quantized != (None, 1, 1, False):
+            raise NotImplementedError(
+                "quantized weights (q_scales, q_groups, merge_count, mlp_extra_grouping) "
+                "are not implemented yet"
+            )
+        self._configure(config)
+        H, I, dtype = config.hidden_size, config.intermediate_size, config.dtype  # noqa: E741
+
+        def parameter(present: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape, dtype=dtype)) if present else None
+
+        affine = config.norm is not None and config.norm_affine
+        rows = 2 * I if config.gated else I
+        self.attn_nw = parameter(affine, H)
+        self.attn_nb = parameter(affine and config.norm == "layer_norm", H)
+        self.inter_w = parameter(True, rows, H)
+        self.inter_b = parameter(config.up_bias, rows)
+        self.output_w = parameter(True, H, I)
+        self.output_b = parameter(config.down_bias, H)
+        self.reset_parameters()
+
+    @classmethod
+    def from_projections(
+        cls,
+        config: MLPConfig,
+        *,
+        up: tuple[str, nn.Module],
+        down: tuple[str, nn.Module],
+        gate: tuple[str, nn.Module] | None = None,
+    ) -> "TritonMLP":
+        """A TritonMLP around existing projections, each given as (child name, module).
+
+        Nothing is copied. Raises ValueError when the shapes of plain projections do not fit.
+        """
+        mlp = cls.inline(config)
+        named = (up, gate, down)
+        mlp.projection_names = tuple(None if item is None else item[0] for item in named)
+        for item in named:
+            if item is not None:
+                mlp.add_module(*item)
+        check_projections(config, (up[1], None if gate is None else gate[1], down[1]))
+        return mlp
+
+    @classmethod
+    def inline(cls, config: MLPConfig) -> "TritonMLP":
+        """A TritonMLP without parameters, for a layer that passes its projections to each call."""
+        mlp = cls.__new__(cls)
+        nn.Module.__init__(mlp)
+        mlp._configure(config)
+        return mlp
+
+    def _configure(self, config: MLPConfig) -> None:
+        self.config = config
+        self.dropout = 0.0
+        self.projection_names: tuple[str | None, ...] | None = None
+        self._gelu_gemm = GELUGemmOp(activation=config.activation)
+        self._mlp_gemm = MLPGemmOp(
+            activation=config.activation,
+            norm=config.norm or "layer_norm",
+            norm_eps=config.norm_eps,
+            pre_norm=config.pre_norm,
+        )
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether the weights are this module's own parameters (built from a config)."""
+        return "inter_w" in self._parameters
+
+    def reset_parameters(self) -> None:
+        """Initialise own parameters as nn.Linear and nn.LayerNorm do."""
+        for weight, bias in ((self.inter_w, self.inter_b), (self.output_w, self.output_b)):
+            assert weight is not None
+            bound = 1 / math.sqrt(weight.shape[1])
+            for parameter in (weight, bias):
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -bound, bound)
+        if self.attn_nw is not None:
+            nn.init.ones_(self.attn_nw)
+        if self.attn_nb is not None:
+            nn.init.zeros_(self.attn_nb)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return (
+            f"hidden={c.hidden_size}, intermediate={c.intermediate_size}, "
+            f"activation={c.activation}, norm={c.norm}, pre_norm={c.pre_norm}"
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        residual_norm: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        norm: nn.Module | None = None,
+        projections: Projections | None = None,
+    ) -> Tensor:
+        """One of four sums; a = input, r = residual, b_a = bias, all (…, H), fresh output.
+
+        - no norm, residual_norm given: MLP(residual_norm) + a + b_a + r
+        - norm, pre-norm: s = a + b_a + r; MLP(norm(s)) + s
+        - norm, post-norm: u = norm(a + b_a + r); MLP(u) + u
+        - no norm: MLP(a) + r
+
+        `norm` is the layer's norm module (instead of attn_nw, attn_nb), `projections` the layer's
+        (up, gate, down) where this module does not hold them.
+        Raises TypeError for integer or complex inputs and other dtypes than the weights', and
+        ValueError for another hidden size or device than the weights'.
+        """
+        check_floating(input)
+        if input.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"input has hidden size {input.shape[-1]}, this MLP has {self.config.hidden_size}"
+            )
+        normed = norm is not None or (self.owns_weights and self.config.norm is not None)
+        if normed and residual_norm is not None:
+            raise ValueError("residual_norm is for an MLP without a norm of its own")
+        if not normed and residual_norm is None and bias is not None:
+            raise ValueError("bias needs a norm or residual_norm: without, there is no sum for it")
+
+        weights = self._weights(norm, projections)
+        if weights is not None:
+            self._check_place(input, weights)
+        if (
+            weights is None
+            or not kernels_apply(input)
+            or (self.training and self.dropout > 0)
+            or (residual is not None and residual.dtype != input.dtype)
+            or input.dtype not in DTYPES
+            or needs_grad(input, residual, residual_norm, bias, *weights)
+        ):
+            return self._call_parts(input, residual, residual_norm, bias, norm, projections)
+        if normed:
+            return self._mlp_gemm(input, weights, residual, bias)
+        if residual_norm is None:
+            return self._gelu_gemm(input, weights, residual)
+        return self._gelu_gemm(residual_norm, weights, input, residual, bias)
+
+    def _projections(self, given: Projections | None) -> Projections:
+        if given is not None:
+            return given
+        assert self.projection_names is not None, "an inline TritonMLP is called with projections"
+        up, gate, down = self.projection_names
+        assert up is not None and down is not None
+        return getattr(self, up), None if gate is None else getattr(self, gate), getattr(self, down)
+
+    def _weights(
+        self, norm: nn.Module | None, projections: Projections | None
+    ) -> MLPWeights | None:
+        """The tensors that the kernels may read; None when a part has to be called."""
+        if self.owns_weights:
+            if norm is not None:
+                raise ValueError("this TritonMLP has its own norm weights; `norm` is for models")
+            return self._own_weights()
+        up, gate, down = self._projections(projections)
+        up_read, down_read = read_projection(up), read_projection(down)
+        gate_read = (None, None) if gate is None else read_projection(gate)
+        if up_read is None or down_read is None or gate_read is None:
+            return None
+        norm_weight = norm_bias = None
+        if norm is not None:
+            if not is_plain(norm, nn.LayerNorm) or norm.eps != self.config.norm_eps:
+                return None
+            norm_weight, norm_bias = norm.weight, norm.bias
+        return MLPWeights(
+            up_read[0],
+            down_read[0],
+            up_read[1],
+            down_read[1],
+            *gate_read,
+            norm_weight,  # pyright: ignore[reportArgumentType]
+            norm_bias,  # pyright: ignore[reportArgumentType]
+        )
+
+    def _own_weights(self) -> MLPWeights:
+        up, up_bias, gate, gate_bias = self.inter_w, self.inter_b, None, None
+        assert up is not None and self.output_w is not None
+        if self.config.gated:
+            up, gate = up.chunk(2)
+            if up_bias is not None:
+                up_bias, gate_bias = up_bias.chunk(2)
+        return MLPWeights(
+            up,
+            self.output_w,
+            up_bias,
+            self.output_b,
+            gate,
+            gate_bias,
+            self.attn_nw,
+            self.attn_nb,
+        )
+
+    def _check_place(self, input: Tensor, weights: MLPWeights) -> None:
+        if input.device != weights.up.device:
+            raise ValueError(
+                f"input is on {input.device}, the weights are on {weights.up.device}"
+            )
+        if input.dtype != weights.up.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input is {input.dtype}, the weights are {weights.up.dtype}")
+
+    def _call_parts(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        residual_norm: Tensor | None,
+        bias: Tensor | None,
+        norm: nn.Module | None,
+        projections: Projections | None,
+    ) -> Tensor:
+        """The original computation: norm and projections are called, dropout acts."""
+        config = self.config
+        parts: dict[str, Callable[[Tensor], Tensor] | None]
+        if self.owns_weights:
+            w = self._own_weights()
+            norm_call: Callable[[Tensor], Tensor] | None = None
+            if config.norm == "layer_norm":
+                norm_call = lambda x: F.layer_norm(  # noqa: E731
+                    x, (config.hidden_size,), w.norm_weight, w.norm_bias, config.norm_eps
+                )
+            elif config.norm == "rms_norm":
+                norm_call = lambda x: rms_norm(x, w.norm_weight, config.norm_eps)  # noqa: E731
+            gate_w = w.gate
+            parts = {
+                "norm": norm_call,
+                "up": lambda x: F.linear(x, w.up, w.up_bias),
+                "gate": None if gate_w is None else lambda x: F.linear(x, gate_w, w.gate_bias),
+                "down": lambda x: F.linear(x, w.down, w.down_bias),
+            }
+        else:
+            up, gate, down = self._projections(projections)
+            parts = {"norm": norm, "up": up, "gate": gate, "down": down}
+        if self.training and self.dropout > 0:
+            down_call: Any = parts["down"]
+            parts["down"] = lambda x: F.dropout(down_call(x), self.dropout, training=True)
+        return compose(
+            input,
+            residual,
+            residual_norm,
+            bias,
+            **parts,  # pyright: ignore[reportArgumentType]
+            activation=config.activation,
+            pre_norm=config.pre_norm,
+        )
+
+
+def check_projections(config: MLPConfig, projections: Projections) -> None:
+    """Raise ValueError unless the plain projections fit each other and the config's sizes."""
+    H, I = config.hidden_size, config.intermediate_size  # noqa: E741
+    up, gate, down = projections
+    for name, module, expected in (("up", up, (I, H)), ("gate", gate, (I, H)), ("down", down, (H, I))):
+        read = None if module is None else read_projection(module)
+        if read is not None and tuple(read[0].shape) != expected:
+            raise ValueError(
+                f"mismatched projections: the {name} projection is (out, in) = "
+                f"{tuple(read[0].shape)}, expected {expected}"
+            )
+
+
+__all__ = ["MLPConfig", "TritonMLP", "check_projections", "check_tensors", "is_plain"]

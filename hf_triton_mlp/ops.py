@@ -1,0 +1,756 @@
+"""The four operations of an MLP: float32 reference, Triton launcher, custom op, public class.
+
+Every operation takes any number of leading dimensions and treats its input as (tokens, hidden).
+Tensors on a GPU run the Triton kernels through a `torch.library` custom op; CPU tensors, autocast
+and calls that need gradients run the same formula in PyTorch, which is also the reference.
+Weights are (out, in) with any strides, so that a Conv1D weight enters as `weight.t()`.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from hf_triton_mlp.kernels import (
+    INTERPRETED,
+    norm_kernel,
+    residual_add_kernel,
+    skinny_linear_kernel,
+    tiled_linear_kernel,
+)
+from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.tuning import choose
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NORMS = ("layer_norm", "rms_norm")
+
+
+class MLPWeights(NamedTuple):
+    """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
+
+    With a gate, the hidden activation is act(x·gateᵀ + gate_bias) * (x·upᵀ + up_bias).
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """The PyTorch function of an activation; ValueError when the name is not supported."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_new": partial(F.gelu, approximate="tanh"),
+        "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+        "silu": F.silu,
+        "relu2": lambda x: F.relu(x).square(),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }
+    if name not in functions:
+        raise ValueError(f"unknown activation {name!r}; supported: {', '.join(ACTIVATIONS)}")
+    return functions[name]
+
+
+def compose(
+    input: Tensor,
+    residual: Tensor | None,
+    residual_norm: Tensor | None,
+    bias: Tensor | None,
+    *,
+    norm: Callable[[Tensor], Tensor] | None,
+    up: Callable[[Tensor], Tensor],
+    gate: Callable[[Tensor], Tensor] | None,
+    down: Callable[[Tensor], Tensor],
+    activation: str,
+    pre_norm: bool,
+) -> Tensor:
+    """The MLP of DESIGN §3 in PyTorch, differentiable, from callables for its parts.
+
+    With `norm`: s = input + bias + residual, u = norm(s), MLP(u) + (s if pre_norm else u).
+    With `residual_norm`: MLP(residual_norm) + input + bias + residual.
+    With neither: MLP(input) + residual.
+    """
+    total = input
+    if norm is not None or residual_norm is not None:
+        if bias is not None:
+            total = total + bias
+        if residual is not None:
+            total = residual + total
+    x, carry = input, residual
+    if norm is not None:
+        x = norm(total)
+        carry = total if pre_norm else x
+    elif residual_norm is not None:
+        x, carry = residual_norm, total
+    act = activation_function(activation)
+    hidden = up(x) if gate is None else act(gate(x)) * up(x)
+    output = down(act(hidden) if gate is None else hidden)
+    return output if carry is None else carry + output
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight over the last dimension, the statistics in float32."""
+    wide = x.float() if x.dtype in DTYPES else x
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide if weight is None else wide * weight).to(x.dtype)
+
+
+def _norm_function(norm: str, weights: MLPWeights, eps: float) -> Callable[[Tensor], Tensor]:
+    if norm == "rms_norm":
+        return lambda x: rms_norm(x, weights.norm_weight, eps)
+    return lambda x: F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
+
+
+def _parts(weights: MLPWeights) -> dict[str, Callable[[Tensor], Tensor] | None]:
+    gate = weights.gate
+    return {
+        "up": lambda x: F.linear(x, weights.up, weights.up_bias),
+        "gate": None if gate is None else lambda x: F.linear(x, gate, weights.gate_bias),
+        "down": lambda x: F.linear(x, weights.down, weights.down_bias),
+    }
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
+
+
+def _float_weights(weights: MLPWeights) -> MLPWeights:
+    return MLPWeights(*map(_float, weights))  # pyright: ignore[reportArgumentType]
+
+
+# --- when the kernels run ---------------------------------------------------------------------
+
+
+def kernels_apply(input: Tensor) -> bool:
+    """Whether the Triton kernels compute on this input: on a GPU, outside autocast."""
+    return (input.is_cuda or INTERPRETED) and not torch.is_autocast_enabled(input.device.type)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants to see this computation."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_tensors(input: Tensor, weight: Tensor, *same_shape: Tensor | None) -> None:
+    """Raise a clear error unless `input` fits `weight` (out, in) and the others fit `input`."""
+    check_floating(input)
+    if input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input has hidden size {input.shape[-1]}, the weights have {weight.shape[1]}"
+        )
+    if input.device != weight.device:
+        raise ValueError(f"input is on {input.device}, the weights are on {weight.device}")
+    if input.dtype != weight.dtype:
+        raise TypeError(f"input is {input.dtype}, the weights are {weight.dtype}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"{input.dtype} is not supported by the kernels; supported: {DTYPES}")
+    for other in same_shape:
+        if other is not None and (other.shape != input.shape or other.device != input.device):
+            raise ValueError(
+                f"a summand has shape {tuple(other.shape)} on {other.device}, "
+                f"the input {tuple(input.shape)} on {input.device}"
+            )
+
+
+def check_floating(input: Tensor) -> None:
+    """Raise TypeError for integer, boolean and complex inputs."""
+    if not input.is_floating_point():
+        raise TypeError(f"input is {input.dtype}; an MLP needs a floating-point input")
+
+
+def _check_vector(name: str, vector: Tensor | None, size: int, like: Tensor) -> None:
+    if vector is not None and (vector.shape != (size,) or vector.device != like.device):
+        raise ValueError(
+            f"{name} has shape {tuple(vector.shape)} on {vector.device}, "
+            f"expected ({size},) on {like.device}"
+        )
+
+
+def _check_weights(weights: MLPWeights) -> None:
+    intermediate, hidden = weights.up.shape
+    if weights.down.shape != (hidden, intermediate):
+        raise ValueError(
+            f"mismatched projections: up is (out, in) = {tuple(weights.up.shape)}, so down must be "
+            f"({hidden}, {intermediate}), found {tuple(weights.down.shape)}"
+        )
+    if weights.gate is not None and weights.gate.shape != weights.up.shape:
+        raise ValueError(
+            f"mismatched projections: up is {tuple(weights.up.shape)}, "
+            f"gate is {tuple(weights.gate.shape)}"
+        )
+    for other in (weights.down, weights.gate):
+        if other is not None and (other.dtype, other.device) != (
+            weights.up.dtype,
+            weights.up.device,
+        ):
+            raise TypeError(
+                f"projections differ: {weights.up.dtype} on {weights.up.device}, "
+                f"{other.dtype} on {other.device}"
+            )
+    for name, size in (
+        ("up_bias", intermediate),
+        ("gate_bias", intermediate),
+        ("down_bias", hidden),
+        ("norm_weight", hidden),
+        ("norm_bias", hidden),
+    ):
+        _check_vector(name, getattr(weights, name), size, weights.up)
+
+
+# --- launchers --------------------------------------------------------------------------------
+
+
+@lru_cache
+def _capability(device_index: int | None) -> tuple[int, int]:
+    return (8, 0) if INTERPRETED else torch.cuda.get_device_capability(device_index)
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(…, K) as (rows, K) with unit stride along K."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Norm:
+    """A norm in front of a linear layer, and the residual that it hands on through `carry`."""
+
+    kind: str
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+    carry: Tensor
+    carry_normed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summands:
+    """What joins a linear layer: its output, or with a norm its input. Rows (tokens, size)."""
+
+    add: Tensor | None = None
+    add2: Tensor | None = None
+    add_bias: Tensor | None = None
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gate: tuple[Tensor | None, Tensor | None] = (None, None),
+    activation: str | None = None,
+    norm: _Norm | None = None,
+    summands: _Summands | None = None,
+) -> Tensor:
+    """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), in one launch.
+
+    With a norm and more rows than the skinny kernel takes, the norm is a launch of its own.
+    """
+    (M, K), N = x.shape, weight.shape[0]
+    gate_weight, gate_bias = gate
+    add, add2, add_bias = (
+        (None, None, None)
+        if summands is None
+        else (summands.add, summands.add2, summands.add_bias)
+    )
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return out
+    plan = choose(
+        M,
+        N,
+        K,
+        x.dtype,
+        _capability(x.device.index),
+        k_contiguous=weight.stride(1) == 1,
+        gated=gate_weight is not None,
+    )
+    strides = (
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        0 if add2 is None else add2.stride(0),
+        *weight.stride(),
+        *((0, 0) if gate_weight is None else gate_weight.stride()),
+    )
+    if plan.kernel == "skinny":
+        skinny_linear_kernel[(M * triton.cdiv(N, plan.block_n),)](
+            x,
+            weight,
+            bias,
+            gate_weight,
+            gate_bias,
+            None if norm is None else norm.weight,
+            None if norm is None else norm.bias,
+            add,
+            add2,
+            add_bias,
+            None if norm is None else norm.carry,
+            out,
+            M,
+            N,
+            K,
+            *strides,
+            0.0 if norm is None else norm.eps,
+            NORM=None if norm is None else norm.kind,
+            CARRY_NORMED=norm is not None and norm.carry_normed,
+            ACTIVATION=activation,
+            # A weight is read once a step; with several rows the others find it in the L2.
+            EVICT="evict_first" if M == 1 else "",
+            BLOCK_N=plan.block_n,
+            BLOCK_K=plan.block_k,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+        )
+        return out
+    if norm is not None:
+        x = _normalize(x, add, add_bias, norm)
+        add = add_bias = None
+    tiled_linear_kernel[(triton.cdiv(M, plan.block_m) * triton.cdiv(N, plan.block_n),)](
+        x,
+        weight,
+        bias,
+        gate_weight,
+        gate_bias,
+        add,
+        add2,
+        add_bias,
+        out,
+        M,
+        N,
+        K,
+        x.stride(0),
+        *strides[1:],
+        ACTIVATION=activation,
+        BLOCK_M=plan.block_m,
+        BLOCK_N=plan.block_n,
+        BLOCK_K=plan.block_k,
+        GROUP_M=plan.group_m,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )
+    return out
+
+
+def _normalize(x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: _Norm) -> Tensor:
+    """norm(x + add + add_bias), which is the carry itself when the normed value is carried on."""
+    M, K = x.shape
+    out = norm.carry if norm.carry_normed else torch.empty_like(norm.carry)
+    norm_kernel[(M,)](
+        x,
+        add,
+        add_bias,
+        norm.weight,
+        norm.bias,
+        None if norm.carry_normed else norm.carry,
+        out,
+        K,
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        norm.eps,
+        NORM=norm.kind,
+        BLOCK_K=min(triton.next_power_of_2(K), 4096),
+        num_warps=4,
+    )
+    return out
+
+
+# --- custom ops -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("hf_triton_mlp::mlp_gemm", mutates_args=())
+def _mlp_gemm(
+    input: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    activation: str,
+    norm: str,
+    norm_eps: float,
+    pre_norm: bool,
+) -> Tensor:
+    if not kernels_apply(input):
+        weights = MLPWeights(
+            up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias
+        )
+        op = MLPGemmOp(activation=activation, norm=norm, norm_eps=norm_eps, pre_norm=pre_norm)
+        return op.compose(input, weights, residual, bias)
+    x = _rows(input)
+    with _on_device(input):
+        carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        hidden = _linear(
+            x,
+            up,
+            up_bias,
+            gate=(gate, gate_bias),
+            activation=activation,
+            norm=_Norm(
+                kind=norm,
+                weight=norm_weight,
+                bias=norm_bias,
+                eps=norm_eps,
+                carry=carry,
+                carry_normed=not pre_norm,
+            ),
+            summands=_Summands(
+                add=None if residual is None else _rows(residual), add_bias=bias
+            ),
+        )
+        out = _linear(hidden, down, down_bias, summands=_Summands(add=carry))
+    return out.view(input.shape)
+
+
+@torch.library.custom_op("hf_triton_mlp::gelu_gemm", mutates_args=())
+def _gelu_gemm(
+    input: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    gate: Tensor | None,
+    gate_bias: Tensor | None,
+    add: Tensor | None,
+    add2: Tensor | None,
+    add_bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    if not kernels_apply(input):
+        weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias)
+        return GELUGemmOp(activation=activation).compose(input, weights, add, add2, add_bias)
+    with _on_device(input):
+        hidden = _linear(
+            _rows(input), up, up_bias, gate=(gate, gate_bias), activation=activation
+        )
+        summands = _Summands(
+            add=None if add is None else _rows(add),
+            add2=None if add2 is None else _rows(add2),
+            add_bias=add_bias,
+        )
+        out = _linear(hidden, down, down_bias, summands=summands)
+    return out.view(input.shape)
+
+
+@torch.library.custom_op("hf_triton_mlp::vector_matmul", mutates_args=())
+def _vector_matmul(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not kernels_apply(input):
+        return F.linear(input, weight, bias)
+    with _on_device(input):
+        return _linear(_rows(input), weight, bias).view(*input.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("hf_triton_mlp::residual_add", mutates_args=())
+def _residual_add(
+    hidden: Tensor,
+    residual: Tensor | None,
+    attention: Tensor | None,
+    attention_bias: Tensor | None,
+    final_bias: Tensor | None,
+    share: float,
+    attention_share: float,
+) -> Tensor:
+    if not kernels_apply(hidden):
+        op = ResidualAddOp()
+        return op.compose(
+            hidden, residual, attention, attention_bias, final_bias, share, attention_share
+        )
+    rows = _rows(hidden)
+    M, K = rows.shape
+    out = torch.empty((M, K), dtype=hidden.dtype, device=hidden.device)
+    if M == 0:
+        return out.view(hidden.shape)
+    residual = None if residual is None else _rows(residual)
+    attention = None if attention is None else _rows(attention)
+    block = min(triton.next_power_of_2(K), 1024)
+    with _on_device(hidden):
+        residual_add_kernel[(M, triton.cdiv(K, block))](
+            rows,
+            residual,
+            attention,
+            attention_bias,
+            final_bias,
+            out,
+            K,
+            rows.stride(0),
+            0 if residual is None else residual.stride(0),
+            0 if attention is None else attention.stride(0),
+            share,
+            attention_share,
+            BLOCK_K=block,
+            num_warps=4,
+        )
+    return out.view(hidden.shape)
+
+
+@_mlp_gemm.register_fake
+def _(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+@_gelu_gemm.register_fake
+def _(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
+
+
+@_vector_matmul.register_fake
+def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+@_residual_add.register_fake
+def _(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+
+
+# --- the public operations --------------------------------------------------------------------
+
+
+class MLPGemmOp:
+    """Residual add + norm + GEMM + bias + activation [* gate] + GEMM + bias + residual.
+
+    s = input + bias + residual; u = norm(s); act(u·upᵀ + up_bias)·downᵀ + down_bias + carry, where
+    carry is s with `pre_norm` and u without. Two kernels for few tokens, three for many.
+    """
+
+    def __init__(
+        self,
+        *,
+        activation: str,
+        norm: str = "layer_norm",
+        norm_eps: float = 1e-5,
+        pre_norm: bool = True,
+    ) -> None:
+        activation_function(activation)
+        if norm not in NORMS:
+            raise ValueError(f"unknown norm {norm!r}; supported: {', '.join(NORMS)}")
+        self.activation = activation
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.pre_norm = pre_norm
+
+    def __call__(
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """input, residual: (…, H); bias: (H,); returns (…, H) in the input's dtype.
+
+        Raises TypeError for dtypes and ValueError for shapes or devices that do not fit.
+        """
+        if not kernels_apply(input) or needs_grad(input, residual, bias, *weights):
+            check_floating(input)
+            return self.compose(input, weights, residual, bias)
+        check_tensors(input, weights.up, residual)
+        _check_weights(weights)
+        _check_vector("bias", bias, input.shape[-1], input)
+        return torch.ops.hf_triton_mlp.mlp_gemm(
+            input,
+            residual,
+            bias,
+            *weights,
+            self.activation,
+            self.norm,
+            self.norm_eps,
+            self.pre_norm,
+        )
+
+    def compose(
+        self, input: Tensor, weights: MLPWeights, residual: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """The same in PyTorch operations, in the input's dtype, differentiable."""
+        return compose(
+            input,
+            residual,
+            None,
+            bias,
+            norm=_norm_function(self.norm, weights, self.norm_eps),
+            **_parts(weights),  # pyright: ignore[reportArgumentType]
+            activation=self.activation,
+            pre_norm=self.pre_norm,
+        )
+
+    def reference(
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        residual: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """The same in PyTorch operations, in float32."""
+        return self.compose(input.float(), _float_weights(weights), _float(residual), _float(bias))
+
+
+class GELUGemmOp:
+    """GEMM + bias + activation [* gate] + GEMM + bias, plus up to two residuals and a bias."""
+
+    def __init__(self, *, activation: str = "gelu_new") -> None:
+        activation_function(activation)
+        self.activation = activation
+
+    def __call__(
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        add: Tensor | None = None,
+        add2: Tensor | None = None,
+        add_bias: Tensor | None = None,
+    ) -> Tensor:
+        """input, add, add2: (…, H); add_bias: (H,); returns (…, H) in the input's dtype."""
+        if not kernels_apply(input) or needs_grad(input, add, add2, add_bias, *weights):
+            check_floating(input)
+            return self.compose(input, weights, add, add2, add_bias)
+        check_tensors(input, weights.up, add, add2)
+        _check_weights(weights)
+        _check_vector("add_bias", add_bias, input.shape[-1], input)
+        return torch.ops.hf_triton_mlp.gelu_gemm(
+            input, *weights[:6], add, add2, add_bias, self.activation
+        )
+
+    def compose(
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        add: Tensor | None = None,
+        add2: Tensor | None = None,
+        add_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The same in PyTorch operations, in the input's dtype, differentiable."""
+        output = compose(
+            input,
+            None,
+            None,
+            None,
+            norm=None,
+            **_parts(weights),  # pyright: ignore[reportArgumentType]
+            activation=self.activation,
+            pre_norm=True,
+        )
+        for summand in (add, add2, add_bias):
+            output = output if summand is None else output + summand
+        return output
+
+    def reference(
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        add: Tensor | None = None,
+        add2: Tensor | None = None,
+        add_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The same in PyTorch operations, in float32."""
+        summands = (_float(add), _float(add2), _float(add_bias))
+        return self.compose(input.float(), _float_weights(weights), *summands)
+
+
+class VectorMatMulOp:
+    """input · weightᵀ + bias: one linear layer."""
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """input: (…, K); weight: (N, K), any strides; bias: (N,); returns (…, N)."""
+        if not kernels_apply(input) or needs_grad(input, weight, bias):
+            check_floating(input)
+            return F.linear(input, weight, bias)
+        check_tensors(input, weight)
+        _check_vector("bias", bias, weight.shape[0], input)
+        return torch.ops.hf_triton_mlp.vector_matmul(input, weight, bias)
+
+    @staticmethod
+    def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The same in PyTorch, in float32."""
+        return F.linear(input.float(), weight.float(), _float(bias))
+
+
+class ResidualAddOp:
+    """The residual sums around an MLP whose weights are split over `mp_size` ranks.
+
+    hidden is this rank's part of the down projection; all ranks' results are added up afterwards,
+    so residual and biases enter with 1 / mp_size. `attention` enters likewise when it is complete
+    (MLP after attention), and whole when it too is this rank's part (parallel attention).
+    Pre-norm passes the sum before the norm as `residual`, or its terms; post-norm the norm's output.
+    """
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None = None,
+        attention: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        final_bias: Tensor | None = None,
+        *,
+        mp_size: int = 1,
+        mlp_after_attn: bool = True,
+    ) -> Tensor:
+        """hidden, residual, attention: (…, H); biases: (H,); returns a fresh (…, H)."""
+        share = 1.0 / mp_size
+        attention_share = share if mlp_after_attn else 1.0
+        tensors = (hidden, residual, attention, attention_bias, final_bias)
+        check_floating(hidden)
+        for other in (residual, attention):
+            if other is not None and other.shape != hidden.shape:
+                raise ValueError(
+                    f"a summand has shape {tuple(other.shape)}, hidden {tuple(hidden.shape)}"
+                )
+        _check_vector("attention_bias", attention_bias, hidden.shape[-1], hidden)
+        _check_vector("final_bias", final_bias, hidden.shape[-1], hidden)
+        if not kernels_apply(hidden) or hidden.dtype not in DTYPES or needs_grad(*tensors):
+            return self.compose(*tensors, share, attention_share)
+        return torch.ops.hf_triton_mlp.residual_add(*tensors, share, attention_share)
+
+    @staticmethod
+    def compose(
+        hidden: Tensor,
+        residual: Tensor | None,
+        attention: Tensor | None,
+        attention_bias: Tensor | None,
+        final_bias: Tensor | None,
+        share: float,
+        attention_share: float,
+    ) -> Tensor:
+        """The same in PyTorch operations, differentiable."""
+        out = hidden.clone()
+        for summand in (residual, attention_bias, final_bias):
+            out = out if summand is None else out + share * summand
+        return out if attention is None else out + attention_share * attention
+
+    @classmethod
+    def reference(
+        cls,
+        hidden: Tensor,
+        residual: Tensor | None = None,
+        attention: Tensor | None = None,
+        attention_bias: Tensor | None = None,
+        final_bias: Tensor | None = None,
+        *,
+        mp_size: int = 1,
+        mlp_after_attn: bool = True,
+    ) -> Tensor:
+        """The same in PyTorch operations, in float32."""
+        tensors = map(_float, (residual, attention, attention_bias, final_bias))
+        share = 1.0 / mp_size
+        return cls.compose(hidden.float(), *tensors, share, share if mlp_after_attn else 1.0)

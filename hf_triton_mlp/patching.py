@@ -1,0 +1,457 @@
+"""patch_model: find the MLP of every decoder layer, check them all, then replace them all."""
+
+import fnmatch
+import importlib
+import pkgutil
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+from torch import nn
+from transformers.activations import (
+    GELUActivation,
+    GELUTanh,
+    NewGELUActivation,
+    QuickGELUActivation,
+    ReLUSquaredActivation,
+    SiLUActivation,
+)
+
+from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.mlp import MLPConfig, TritonMLP, check_projections, is_plain, read_projection
+from hf_triton_mlp.ops import DTYPES
+from hf_triton_mlp.tuning import check_capability, choose
+
+Model = TypeVar("Model", bound=nn.Module)
+
+#: The activation that a module computes, by its exact class. Patch modules add their own.
+ACTIVATION_CLASSES: dict[type[nn.Module], str] = {
+    GELUActivation: "gelu",
+    GELUTanh: "gelu_pytorch_tanh",
+    NewGELUActivation: "gelu_new",
+    QuickGELUActivation: "quick_gelu",
+    ReLUSquaredActivation: "relu2",
+    SiLUActivation: "silu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPSpec:
+    """Where a family's MLP is and what it computes; every path is relative to a decoder layer.
+
+    family: the name in reports (transformers' model_type).
+    layer_class, fused_layer: the decoder layer and its subclass with the short forward.
+    mlp, mlp_class: the MLP module and its class; None when the layer computes its MLP inline, and
+        then up and down are paths from the layer, otherwise child names of the MLP module.
+    activation: the activation module, a path from the layer.
+    activations: the family's own activation classes, by the name that they compute.
+    dropout: what drops out of the MLP's output: an nn.Dropout or a float, a path from the layer.
+    norm: the norm in front of the MLP, given the layer (post-norm layers take another one).
+    pre_norm: whether the residual is what enters that norm, given the layer.
+    refuse: the reason why this layer cannot be patched, or None.
+    """
+
+    family: str
+    layer_class: type[nn.Module]
+    fused_layer: type[nn.Module]
+    mlp: str | None
+    mlp_class: type[nn.Module] | None = None
+    up: str
+    down: str
+    activation: str
+    activations: tuple[tuple[type[nn.Module], str], ...] = ()
+    dropout: str
+    norm: Callable[[nn.Module], str]
+    pre_norm: Callable[[nn.Module], bool] = lambda layer: True
+    refuse: Callable[[nn.Module], str | None] = lambda layer: None
+
+    def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """The up and down projection of a layer, patched or not."""
+        owner = layer if self.mlp is None else layer.get_submodule(self.mlp)
+        return owner.get_submodule(self.up), owner.get_submodule(self.down)
+
+
+@lru_cache(maxsize=1)
+def specs() -> tuple[MLPSpec, ...]:
+    """The specs of all supported families, one for each module of hf_triton_mlp.patches."""
+    try:
+        package = importlib.import_module("hf_triton_mlp.patches")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "hf_triton_mlp.patches is missing: this checkout is not installed; "
+            "run `pip install -e .` in it"
+        ) from error
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
+    return tuple(module.SPEC for module in modules)
+
+
+@dataclass(frozen=True)
+class PatchRow:
+    """One decoder layer in a PatchReport; `reason` says why it was not replaced or not fused."""
+
+    layer: str
+    replaced: str
+    dtype: str
+    device: str
+    plan: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What is patched in a model, layer by layer."""
+
+    rows: tuple[PatchRow, ...]
+
+    def __str__(self) -> str:
+        header = ("layer", "replaced", "dtype", "device", "plan", "reason")
+        table = [header, *(tuple(getattr(row, name) for name in header) for row in self.rows)]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """One checked replacement: nothing in the model has changed yet."""
+
+    spec: MLPSpec
+    layer: nn.Module
+    mlp: TritonMLP
+    fused: bool
+
+
+def patch_model(
+    model: Model,
+    *,
+    include: Iterable[str | int] | None = None,
+    exclude: Iterable[str | int] | None = None,
+    depth: str = "layer",
+) -> Model:
+    """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
+
+    include, exclude: layers by position or by qualified name ("transformer.h.0"; fnmatch patterns).
+    depth: "layer" fuses attention residual, norm, MLP and residual into one call; "mlp" replaces
+    the MLP module alone. Weights are moved, not copied; state_dict keys stay as they are. Every
+    layer is checked before any is replaced, so that an error leaves the model as it was. Layers
+    that are already patched stay as they are.
+
+    Raises ValueError when no layer is supported, or a layer cannot be patched faithfully, and
+    RuntimeError for a GPU older than compute capability 8.0.
+    """
+    if depth not in ("layer", "mlp"):
+        raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
+    found = list(_decoder_layers(model))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports; "
+            f"supported: {_supported()}"
+        )
+    chosen = _select([name for name, _, _ in found], include, exclude)
+    swaps = [
+        _check_layer(spec, name, layer, depth)
+        for name, layer, spec in found
+        if name in chosen and not _is_patched(name, layer, spec, depth)
+    ]
+    for swap in swaps:
+        _install(swap)
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Put the original modules and classes back, the same objects; returns `model`."""
+    for _, layer, spec in _decoder_layers(model):
+        _uninstall(layer, spec)
+    return model
+
+
+@contextmanager
+def patched(
+    model: Model,
+    *,
+    include: Iterable[str | int] | None = None,
+    exclude: Iterable[str | int] | None = None,
+    depth: str = "layer",
+) -> Iterator[Model]:
+    """Patch `model` for the duration of a with block; arguments as for patch_model."""
+    patch_model(model, include=include, exclude=exclude, depth=depth)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def patch_report(model: nn.Module) -> PatchReport:
+    """What is replaced in `model` right now, and why the rest is not."""
+    return PatchReport(tuple(_row(*found) for found in _decoder_layers(model)))
+
+
+def can_fuse(mlp: nn.Module) -> bool:
+    """Whether a fused layer may hand the residual and the norm to its TritonMLP.
+
+    With hooks on the MLP module it may not: they expect the MLP's own input and output.
+    """
+    return is_plain(mlp, TritonMLP)
+
+
+# --- find -------------------------------------------------------------------------------------
+
+
+def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MLPSpec]]:
+    """Every layer of a supported class in `model`, patched or not, with its qualified name."""
+    by_class = {cls: spec for spec in specs() for cls in (spec.layer_class, spec.fused_layer)}
+    for name, module in model.named_modules():
+        spec = by_class.get(type(module))
+        if spec is not None:
+            yield name, module, spec
+
+
+def _supported() -> str:
+    return ", ".join(f"{spec.family} ({spec.layer_class.__name__})" for spec in specs())
+
+
+def _select(
+    names: list[str],
+    include: Iterable[str | int] | None,
+    exclude: Iterable[str | int] | None,
+) -> set[str]:
+    def matching(argument: str, selectors: Iterable[str | int]) -> set[str]:
+        if isinstance(selectors, str):
+            selectors = [selectors]
+        matched: set[str] = set()
+        for selector in selectors:
+            if isinstance(selector, int):
+                hits = names[selector : selector + 1 or None]
+            else:
+                hits = fnmatch.filter(names, selector)
+            if not hits:
+                raise ValueError(
+                    f"{argument} names {selector!r}, which matches no layer; "
+                    f"there are {len(names)}, from {names[0]!r} to {names[-1]!r}"
+                )
+            matched.update(hits)
+        return matched
+
+    chosen = set(names) if include is None else matching("include", include)
+    if exclude is not None:
+        chosen -= matching("exclude", exclude)
+    if not chosen:
+        raise ValueError("include and exclude leave no layer to patch")
+    return chosen
+
+
+def _triton_mlp(layer: nn.Module, spec: MLPSpec) -> TritonMLP | None:
+    mlp = layer._modules.get(spec.mlp or "mlp")
+    return mlp if isinstance(mlp, TritonMLP) else None
+
+
+def _is_patched(name: str, layer: nn.Module, spec: MLPSpec, depth: str) -> bool:
+    if _triton_mlp(layer, spec) is None:
+        return False
+    present = "layer" if isinstance(layer, spec.fused_layer) else "mlp"
+    if present != depth:
+        raise ValueError(
+            f"{name} is already patched with depth={present!r}; call unpatch_model first to use "
+            f"depth={depth!r}"
+        )
+    return True
+
+
+# --- check ------------------------------------------------------------------------------------
+
+
+def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swap:
+    """Everything that could go wrong with a layer goes wrong here, before any is changed."""
+    if depth == "mlp" and spec.mlp is None:
+        raise ValueError(
+            f"{name}: {spec.layer_class.__name__} computes its MLP inline, so there is no module "
+            f'to replace; use depth="layer"'
+        )
+    reason = spec.refuse(layer)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+    _check_forward(name, layer)
+    if spec.mlp is not None:
+        mlp = layer.get_submodule(spec.mlp)
+        if type(mlp) is not spec.mlp_class:
+            raise ValueError(
+                f"{name}.{spec.mlp} is a {type(mlp).__name__}; supported: "
+                f"{getattr(spec.mlp_class, '__name__', None)}"
+            )
+        _check_forward(f"{name}.{spec.mlp}", mlp)
+
+    up, down = spec.projections(layer)
+    norm = layer.get_submodule(spec.norm(layer))
+    hidden, intermediate = _sizes(name, up, down, norm)
+    weight = getattr(up, "weight", None)
+    dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
+    if isinstance(weight, torch.Tensor) and weight.is_cuda:
+        check_capability(torch.cuda.get_device_capability(weight.device))
+    config = MLPConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        dtype=dtype if dtype in DTYPES else torch.float32,
+        activation=_activation_name(spec, name, layer),
+        norm="layer_norm" if depth == "layer" else None,
+        norm_eps=getattr(norm, "eps", 1e-5),
+        pre_norm=spec.pre_norm(layer),
+        up_bias=getattr(up, "bias", None) is not None,
+        down_bias=getattr(down, "bias", None) is not None,
+    )
+    try:
+        check_projections(config, (up, None, down))
+        if spec.mlp is None:
+            mlp = TritonMLP.inline(config)
+        else:
+            mlp = TritonMLP.from_projections(config, up=(spec.up, up), down=(spec.down, down))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    dropout = _get(layer, spec.dropout)
+    mlp.dropout = float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)
+    return _Swap(spec, layer, mlp, fused=depth == "layer")
+
+
+def _check_forward(name: str, module: nn.Module) -> None:
+    """A forward replaced on the instance would be lost; accelerate's hooks keep theirs."""
+    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        raise ValueError(
+            f"{name} has a forward of its own, set on the instance, which a patch would bypass; "
+            "remove it first"
+        )
+
+
+def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module) -> tuple[int, int]:
+    """(hidden, intermediate) from the plain projections, or from what wrappers tell."""
+    up_read, down_read = read_projection(up), read_projection(down)
+    if up_read is not None:
+        intermediate, hidden = up_read[0].shape
+    elif down_read is not None:
+        hidden, intermediate = down_read[0].shape
+    else:
+        sizes = [getattr(up, size, None) for size in ("in_features", "out_features")]
+        if not all(isinstance(size, int) for size in sizes):
+            conv = [getattr(up, size, None) for size in ("nx", "nf")]
+            sizes = conv if all(isinstance(size, int) for size in conv) else sizes
+        if not all(isinstance(size, int) for size in sizes):
+            raise ValueError(
+                f"{name}: the sizes of the up projection ({type(up).__name__}) are unknown; "
+                "supported: Linear, Conv1D and wrappers with in_features and out_features"
+            )
+        hidden, intermediate = sizes
+    if is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != (hidden,):  # pyright: ignore
+        raise ValueError(
+            f"{name}: mismatched shapes: the norm has {tuple(norm.normalized_shape)}, "  # pyright: ignore
+            f"the up projection takes {hidden}"
+        )
+    return hidden, intermediate
+
+
+def _activation_name(spec: MLPSpec, name: str, layer: nn.Module) -> str:
+    activation = _get(layer, spec.activation)
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
+    known = ACTIVATION_CLASSES.get(type(activation)) or dict(spec.activations).get(type(activation))
+    if known is None:
+        raise ValueError(
+            f"{name}: unknown activation {type(activation).__name__}; "
+            f"supported: {', '.join(ACTIVATIONS)}"
+        )
+    return known
+
+
+def _get(layer: nn.Module, path: str):
+    value = layer
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# --- replace, and the way back ----------------------------------------------------------------
+
+#: State that a stand-in shares with the module it stands in for, so that hooks registered on
+#: either, before or after patching, act on whichever is in the model.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
+
+
+def _install(swap: _Swap) -> None:
+    layer, mlp, spec = swap.layer, swap.mlp, swap.spec
+    if spec.mlp is None:
+        layer.add_module("mlp", mlp)
+        mlp.train(layer.training)
+    else:
+        original = layer.get_submodule(spec.mlp)
+        _share_hooks(original, mlp)
+        mlp.__dict__["original"] = original  # not a child: its projections are the TritonMLP's
+        mlp.training = original.training
+        setattr(layer, spec.mlp, mlp)
+    if swap.fused:
+        _set_class(layer, spec.fused_layer)
+
+
+def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
+    mlp = _triton_mlp(layer, spec)
+    if mlp is None:
+        return
+    if spec.mlp is None:
+        delattr(layer, "mlp")
+    else:
+        original: nn.Module = mlp.__dict__["original"]
+        for name in (spec.up, spec.down):
+            setattr(original, name, getattr(mlp, name))  # an adapter may have wrapped it since
+        _share_hooks(mlp, original)
+        original.train(mlp.training)
+        setattr(layer, spec.mlp, original)
+    if isinstance(layer, spec.fused_layer):
+        _set_class(layer, spec.layer_class)
+
+
+def _share_hooks(source: nn.Module, target: nn.Module) -> None:
+    target.__dict__.update({name: source.__dict__[name] for name in _HOOKS})
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of one layer; accelerate's hook keeps the bound forward that it wraps."""
+    layer.__class__ = cls
+    if "_old_forward" in layer.__dict__:
+        layer.__dict__["_old_forward"] = types.MethodType(cls.forward, layer)
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
+    up, down = spec.projections(layer)
+    weight = next(up.parameters(), None)
+    dtype = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
+    device = "-" if weight is None else str(weight.device)
+    mlp = _triton_mlp(layer, spec)
+    if mlp is None:
+        return PatchRow(name, "-", dtype, device, "-", "not patched")
+    fused = isinstance(layer, spec.fused_layer)
+    replaced = "attention residual + norm + MLP + residual" if fused else "MLP"
+    read = read_projection(up)
+    called = [
+        f"{path} ({type(module).__name__})"
+        for path, module in ((spec.up, up), (spec.down, down))
+        if read_projection(module) is None
+    ]
+    if called or read is None:
+        reason = f"not fused: {', '.join(called)} is called, not read"
+        return PatchRow(name, replaced, dtype, device, "PyTorch", reason)
+    weight = read[0]
+    if not weight.is_cuda:
+        reason = "waits for weights" if weight.is_meta else ""
+        return PatchRow(name, replaced, dtype, device, "-" if weight.is_meta else "PyTorch", reason)
+    capability = torch.cuda.get_device_capability(weight.device)
+    up_plan, down_plan = (
+        choose(1, *w.shape, w.dtype, capability, k_contiguous=w.stride(1) == 1)
+        for w in (weight, (read_projection(down) or read)[0])
+    )
+    return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", "")

@@ -1,0 +1,71 @@
+"""BLOOM: pre-norm; its attention adds the residual itself, its MLP takes the residual along."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu, BloomMLP
+
+from hf_triton_mlp.patching import MLPSpec, can_fuse
+
+
+class TritonBloomBlock(BloomBlock):
+    """BloomBlock whose second norm, MLP and residual are one TritonMLP call."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        alibi: Tensor,
+        attention_mask: Tensor,
+        layer_past: Any = None,
+        use_cache: bool = False,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        if not can_fuse(self.mlp):
+            return super().forward(
+                hidden_states,
+                alibi,
+                attention_mask,
+                layer_past=layer_past,
+                use_cache=use_cache,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+        normed = self.input_layernorm(hidden_states)
+        attention, weights = self.self_attention(
+            normed,
+            normed if self.apply_residual_connection_post_layernorm else hidden_states,
+            layer_past=layer_past,
+            attention_mask=attention_mask,
+            alibi=alibi,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+        )
+        return self.mlp(attention, norm=self.post_attention_layernorm), weights
+
+
+def _refuse(layer: nn.Module) -> str | None:
+    mlp = layer.get_submodule("mlp")
+    if getattr(mlp, "slow_but_exact", False) and getattr(mlp, "pretraining_tp", 1) > 1:
+        return (
+            "slow_but_exact with pretraining_tp > 1 sums the down projection in slices and leaves "
+            "its bias out, which TritonMLP does not reproduce; load with slow_but_exact=False"
+        )
+    return None
+
+
+SPEC = MLPSpec(
+    family="bloom",
+    layer_class=BloomBlock,
+    fused_layer=TritonBloomBlock,
+    mlp="mlp",
+    mlp_class=BloomMLP,
+    up="dense_h_to_4h",
+    down="dense_4h_to_h",
+    activation="mlp.gelu_impl",
+    activations=((BloomGelu, "gelu_new"),),
+    dropout="mlp.hidden_dropout",
+    norm=lambda layer: "post_attention_layernorm",
+    pre_norm=lambda layer: not layer.apply_residual_connection_post_layernorm,
+    refuse=_refuse,
+)

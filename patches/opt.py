@@ -1,0 +1,60 @@
+"""OPT: fc1 and fc2 sit on the layer itself; pre-norm, and post-norm in the 350m model."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+from hf_triton_mlp.patching import MLPSpec, can_fuse
+
+
+class TritonOPTDecoderLayer(OPTDecoderLayer):
+    """OPTDecoderLayer whose attention residual, norm, MLP and residual are one TritonMLP call."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if (self.training and self.dropout > 0) or not can_fuse(self.mlp):
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        before = self.do_layer_norm_before
+        attention, _ = self.self_attn(
+            hidden_states=self.self_attn_layer_norm(hidden_states) if before else hidden_states,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        output = self.mlp(
+            attention,
+            residual=hidden_states,
+            norm=self.final_layer_norm if before else self.self_attn_layer_norm,
+            projections=(self.fc1, None, self.fc2),
+        )
+        return output if before else self.final_layer_norm(output)
+
+
+SPEC = MLPSpec(
+    family="opt",
+    layer_class=OPTDecoderLayer,
+    fused_layer=TritonOPTDecoderLayer,
+    mlp=None,
+    up="fc1",
+    down="fc2",
+    activation="activation_fn",
+    dropout="dropout",
+    norm=lambda layer: "final_layer_norm" if layer.do_layer_norm_before else "self_attn_layer_norm",
+    pre_norm=lambda layer: layer.do_layer_norm_before,
+)
