@@ -312,9 +312,7 @@ class TritonMLP(nn.Module):
 
     def _check_place(self, input: Tensor, weights: MLPWeights) -> None:
         if input.device != weights.up.device:
-            raise ValueError(
-                f"input is on {input.device}, the weights are on {weights.up.device}"
-            )
+            raise ValueError(f"input is on {input.device}, the weights are on {weights.up.device}")
         if input.dtype != weights.up.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(f"input is {input.dtype}, the weights are {weights.up.dtype}")
 
@@ -367,7 +365,11 @@ def check_projections(config: MLPConfig, projections: Projections) -> None:
     """Raise ValueError unless the plain projections fit each other and the config's sizes."""
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
     up, gate, down = projections
-    for name, module, expected in (("up", up, (I, H)), ("gate", gate, (I, H)), ("down", down, (H, I))):
+    for name, module, expected in (
+        ("up", up, (I, H)),
+        ("gate", gate, (I, H)),
+        ("down", down, (H, I)),
+    ):
         read = None if module is None else read_projection(module)
         if read is not None and tuple(read[0].shape) != expected:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The four operations of an MLP: float32 reference, Triton launcher, custom op, public class.
+"""The four operations of an MLP: PyTorch reference, custom op (+ fake), public class.
 
 Every operation takes any number of leading dimensions and treats its input as (tokens, hidden).
 Tensors on a GPU run the Triton kernels through a `torch.library` custom op; CPU tensors, autocast
@@ -7,25 +7,17 @@ Weights are (out, in) with any strides, so that a Conv1D weight enters as `weigh
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
-from hf_triton_mlp.kernels import (
-    INTERPRETED,
-    norm_kernel,
-    residual_add_kernel,
-    skinny_linear_kernel,
-    tiled_linear_kernel,
-)
+from hf_triton_mlp import launchers
+from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.tuning import choose
+from hf_triton_mlp.launchers import Norm, Summands, linear, on_device, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = ("layer_norm", "rms_norm")
@@ -209,170 +201,6 @@ def _check_weights(weights: MLPWeights) -> None:
         _check_vector(name, getattr(weights, name), size, weights.up)
 
 
-# --- launchers --------------------------------------------------------------------------------
-
-
-@lru_cache
-def _capability(device_index: int | None) -> tuple[int, int]:
-    return (8, 0) if INTERPRETED else torch.cuda.get_device_capability(device_index)
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(…, K) as (rows, K) with unit stride along K."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Norm:
-    """A norm in front of a linear layer, and the residual that it hands on through `carry`."""
-
-    kind: str
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-    carry: Tensor
-    carry_normed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Summands:
-    """What joins a linear layer: its output, or with a norm its input. Rows (tokens, size)."""
-
-    add: Tensor | None = None
-    add2: Tensor | None = None
-    add_bias: Tensor | None = None
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    gate: tuple[Tensor | None, Tensor | None] = (None, None),
-    activation: str | None = None,
-    norm: _Norm | None = None,
-    summands: _Summands | None = None,
-) -> Tensor:
-    """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), in one launch.
-
-    With a norm and more rows than the skinny kernel takes, the norm is a launch of its own.
-    """
-    (M, K), N = x.shape, weight.shape[0]
-    gate_weight, gate_bias = gate
-    add, add2, add_bias = (
-        (None, None, None)
-        if summands is None
-        else (summands.add, summands.add2, summands.add_bias)
-    )
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if M == 0:
-        return out
-    plan = choose(
-        M,
-        N,
-        K,
-        x.dtype,
-        _capability(x.device.index),
-        k_contiguous=weight.stride(1) == 1,
-        gated=gate_weight is not None,
-    )
-    strides = (
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        0 if add2 is None else add2.stride(0),
-        *weight.stride(),
-        *((0, 0) if gate_weight is None else gate_weight.stride()),
-    )
-    if plan.kernel == "skinny":
-        skinny_linear_kernel[(M * triton.cdiv(N, plan.block_n),)](
-            x,
-            weight,
-            bias,
-            gate_weight,
-            gate_bias,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            add,
-            add2,
-            add_bias,
-            None if norm is None else norm.carry,
-            out,
-            M,
-            N,
-            K,
-            *strides,
-            0.0 if norm is None else norm.eps,
-            NORM=None if norm is None else norm.kind,
-            CARRY_NORMED=norm is not None and norm.carry_normed,
-            ACTIVATION=activation,
-            # A weight is read once a step; with several rows the others find it in the L2.
-            EVICT="evict_first" if M == 1 else "",
-            BLOCK_N=plan.block_n,
-            BLOCK_K=plan.block_k,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )
-        return out
-    if norm is not None:
-        x = _normalize(x, add, add_bias, norm)
-        add = add_bias = None
-    tiled_linear_kernel[(triton.cdiv(M, plan.block_m) * triton.cdiv(N, plan.block_n),)](
-        x,
-        weight,
-        bias,
-        gate_weight,
-        gate_bias,
-        add,
-        add2,
-        add_bias,
-        out,
-        M,
-        N,
-        K,
-        x.stride(0),
-        *strides[1:],
-        ACTIVATION=activation,
-        BLOCK_M=plan.block_m,
-        BLOCK_N=plan.block_n,
-        BLOCK_K=plan.block_k,
-        GROUP_M=plan.group_m,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-    )
-    return out
-
-
-def _normalize(x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: _Norm) -> Tensor:
-    """norm(x + add + add_bias), which is the carry itself when the normed value is carried on."""
-    M, K = x.shape
-    out = norm.carry if norm.carry_normed else torch.empty_like(norm.carry)
-    norm_kernel[(M,)](
-        x,
-        add,
-        add_bias,
-        norm.weight,
-        norm.bias,
-        None if norm.carry_normed else norm.carry,
-        out,
-        K,
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        norm.eps,
-        NORM=norm.kind,
-        BLOCK_K=min(triton.next_power_of_2(K), 4096),
-        num_warps=4,
-    )
-    return out
-
-
 # --- custom ops -------------------------------------------------------------------------------
 
 
@@ -395,21 +223,19 @@ def _mlp_gemm(
     pre_norm: bool,
 ) -> Tensor:
     if not kernels_apply(input):
-        weights = MLPWeights(
-            up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias
-        )
+        weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias)
         op = MLPGemmOp(activation=activation, norm=norm, norm_eps=norm_eps, pre_norm=pre_norm)
         return op.compose(input, weights, residual, bias)
-    x = _rows(input)
-    with _on_device(input):
+    x = rows(input)
+    with on_device(input):
         carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        hidden = _linear(
+        hidden = linear(
             x,
             up,
             up_bias,
             gate=(gate, gate_bias),
             activation=activation,
-            norm=_Norm(
+            norm=Norm(
                 kind=norm,
                 weight=norm_weight,
                 bias=norm_bias,
@@ -417,11 +243,9 @@ def _mlp_gemm(
                 carry=carry,
                 carry_normed=not pre_norm,
             ),
-            summands=_Summands(
-                add=None if residual is None else _rows(residual), add_bias=bias
-            ),
+            summands=Summands(add=None if residual is None else rows(residual), add_bias=bias),
         )
-        out = _linear(hidden, down, down_bias, summands=_Summands(add=carry))
+        out = linear(hidden, down, down_bias, summands=Summands(add=carry))
     return out.view(input.shape)
 
 
@@ -442,16 +266,14 @@ def _gelu_gemm(
     if not kernels_apply(input):
         weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias)
         return GELUGemmOp(activation=activation).compose(input, weights, add, add2, add_bias)
-    with _on_device(input):
-        hidden = _linear(
-            _rows(input), up, up_bias, gate=(gate, gate_bias), activation=activation
-        )
-        summands = _Summands(
-            add=None if add is None else _rows(add),
-            add2=None if add2 is None else _rows(add2),
+    with on_device(input):
+        hidden = linear(rows(input), up, up_bias, gate=(gate, gate_bias), activation=activation)
+        summands = Summands(
+            add=None if add is None else rows(add),
+            add2=None if add2 is None else rows(add2),
             add_bias=add_bias,
         )
-        out = _linear(hidden, down, down_bias, summands=summands)
+        out = linear(hidden, down, down_bias, summands=summands)
     return out.view(input.shape)
 
 
@@ -459,8 +281,8 @@ def _gelu_gemm(
 def _vector_matmul(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not kernels_apply(input):
         return F.linear(input, weight, bias)
-    with _on_device(input):
-        return _linear(_rows(input), weight, bias).view(*input.shape[:-1], weight.shape[0])
+    with on_device(input):
+        return linear(rows(input), weight, bias).view(*input.shape[:-1], weight.shape[0])
 
 
 @torch.library.custom_op("hf_triton_mlp::residual_add", mutates_args=())
@@ -478,30 +300,10 @@ def _residual_add(
         return op.compose(
             hidden, residual, attention, attention_bias, final_bias, share, attention_share
         )
-    rows = _rows(hidden)
-    M, K = rows.shape
-    out = torch.empty((M, K), dtype=hidden.dtype, device=hidden.device)
-    if M == 0:
-        return out.view(hidden.shape)
-    residual = None if residual is None else _rows(residual)
-    attention = None if attention is None else _rows(attention)
-    block = min(triton.next_power_of_2(K), 1024)
-    with _on_device(hidden):
-        residual_add_kernel[(M, triton.cdiv(K, block))](
-            rows,
-            residual,
-            attention,
-            attention_bias,
-            final_bias,
-            out,
-            K,
-            rows.stride(0),
-            0 if residual is None else residual.stride(0),
-            0 if attention is None else attention.stride(0),
-            share,
-            attention_share,
-            BLOCK_K=block,
-            num_warps=4,
+    summands = (None if t is None else rows(t) for t in (residual, attention))
+    with on_device(hidden):
+        out = launchers.residual_add(
+            rows(hidden), *summands, attention_bias, final_bias, share, attention_share
         )
     return out.view(hidden.shape)
 
@@ -692,7 +494,8 @@ class ResidualAddOp:
     hidden is this rank's part of the down projection; all ranks' results are added up afterwards,
     so residual and biases enter with 1 / mp_size. `attention` enters likewise when it is complete
     (MLP after attention), and whole when it too is this rank's part (parallel attention).
-    Pre-norm passes the sum before the norm as `residual`, or its terms; post-norm the norm's output.
+    Pre-norm passes the sum in front of the norm as `residual`, or its terms; post-norm passes
+    what the norm returns.
     """
 
     def __call__(
@@ -751,6 +554,13 @@ class ResidualAddOp:
         mlp_after_attn: bool = True,
     ) -> Tensor:
         """The same in PyTorch operations, in float32."""
-        tensors = map(_float, (residual, attention, attention_bias, final_bias))
         share = 1.0 / mp_size
-        return cls.compose(hidden.float(), *tensors, share, share if mlp_after_attn else 1.0)
+        return cls.compose(
+            hidden.float(),
+            _float(residual),
+            _float(attention),
+            _float(attention_bias),
+            _float(final_bias),
+            share,
+            share if mlp_after_attn else 1.0,
+        )

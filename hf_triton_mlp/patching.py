@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -67,9 +67,9 @@ class MLPSpec:
     activation: str
     activations: tuple[tuple[type[nn.Module], str], ...] = ()
     dropout: str
-    norm: Callable[[nn.Module], str]
-    pre_norm: Callable[[nn.Module], bool] = lambda layer: True
-    refuse: Callable[[nn.Module], str | None] = lambda layer: None
+    norm: Callable[[Any], str]
+    pre_norm: Callable[[Any], bool] = lambda layer: True
+    refuse: Callable[[Any], str | None] = lambda layer: None
 
     def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
         """The up and down projection of a layer, patched or not."""
@@ -335,19 +335,17 @@ def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module) -> tuple[
     elif down_read is not None:
         hidden, intermediate = down_read[0].shape
     else:
-        sizes = [getattr(up, size, None) for size in ("in_features", "out_features")]
-        if not all(isinstance(size, int) for size in sizes):
-            conv = [getattr(up, size, None) for size in ("nx", "nf")]
-            sizes = conv if all(isinstance(size, int) for size in conv) else sizes
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(
-                f"{name}: the sizes of the up projection ({type(up).__name__}) are unknown; "
-                "supported: Linear, Conv1D and wrappers with in_features and out_features"
-            )
-        hidden, intermediate = sizes
-    if is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) != (hidden,):  # pyright: ignore
+        hidden = getattr(up, "in_features", getattr(up, "nx", None))
+        intermediate = getattr(up, "out_features", getattr(up, "nf", None))
+    if not isinstance(hidden, int) or not isinstance(intermediate, int):
         raise ValueError(
-            f"{name}: mismatched shapes: the norm has {tuple(norm.normalized_shape)}, "  # pyright: ignore
+            f"{name}: the sizes of the up projection ({type(up).__name__}) are unknown; "
+            "supported: Linear, Conv1D and wrappers with in_features and out_features"
+        )
+    normalized = getattr(norm, "normalized_shape", (hidden,))
+    if tuple(normalized) != (hidden,):
+        raise ValueError(
+            f"{name}: mismatched shapes: the norm has {tuple(normalized)}, "
             f"the up projection takes {hidden}"
         )
     return hidden, intermediate
@@ -366,7 +364,7 @@ def _activation_name(spec: MLPSpec, name: str, layer: nn.Module) -> str:
     return known
 
 
-def _get(layer: nn.Module, path: str):
+def _get(layer: nn.Module, path: str) -> Any:
     value = layer
     for part in path.split("."):
         value = getattr(value, part)

@@ -65,9 +65,7 @@ def choose(
         return Plan(kernel="skinny", block_n=block_n, block_k=block_k, num_warps=4, num_stages=1)
     block_n = 64 if gated else 128
     if M <= 16:
-        return Plan(
-            kernel="tiled", block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4
-        )
+        return Plan(kernel="tiled", block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)
     if M <= 64 or dtype == torch.float32:
         # IEEE float32 products run on the FMA units: a small tile keeps the accumulator there.
         return Plan(

@@ -13,7 +13,7 @@ class TritonGPT2Block(GPT2Block):
 
     def forward(
         self,
-        hidden_states: Tensor,
+        hidden_states: Any,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,

@@ -5,11 +5,14 @@ from typing import Any
 from torch import Tensor
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
+from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import MLPSpec, can_fuse
 
 
 class TritonOPTDecoderLayer(OPTDecoderLayer):
     """OPTDecoderLayer whose attention residual, norm, MLP and residual are one TritonMLP call."""
+
+    mlp: TritonMLP
 
     def forward(
         self,
@@ -17,7 +20,7 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = False,
-        position_ids: Tensor | None = None,
+        position_ids: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         if (self.training and self.dropout > 0) or not can_fuse(self.mlp):

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-#: Names follow transformers' ACT2FN. gelu_new and gelu_pytorch_tanh are one formula under two names.
+#: transformers' names; gelu_new and gelu_pytorch_tanh are two names of one formula.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu2", "quick_gelu")
 
 

@@ -16,9 +16,7 @@ def load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask):
 
 
 @triton.jit
-def row_statistics(
-    x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def row_statistics(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
     """(mean, 1 / sqrt(variance + eps)) of one row s = x + add + add_bias of K values.
 
     NORM "layer_norm": two passes, so that the variance does not cancel. "rms_norm": mean is 0.
