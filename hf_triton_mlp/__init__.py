@@ -1,6 +1,13 @@
 """Fused Triton MLPs for Hugging Face Transformers models: `patch_model(model)`."""
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+if find_spec("triton") is None:
+    raise ImportError(
+        "hf_triton_mlp needs Triton >= 3.6, which is not installed: `pip install triton` "
+        "(CUDA builds of PyTorch bring it along)"
+    )
 
 from hf_triton_mlp.mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, ResidualAddOp, VectorMatMulOp

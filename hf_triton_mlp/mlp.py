@@ -18,11 +18,11 @@ from hf_triton_mlp.ops import (
     MLPWeights,
     activation_function,
     check_floating,
-    check_tensors,
     compose,
     kernels_apply,
     needs_grad,
-    rms_norm,
+    norm_function,
+    projection_functions,
 )
 
 Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
@@ -330,20 +330,12 @@ class TritonMLP(nn.Module):
         parts: dict[str, Callable[[Tensor], Tensor] | None]
         if self.owns_weights:
             w = self._own_weights()
-            norm_call: Callable[[Tensor], Tensor] | None = None
-            if config.norm == "layer_norm":
-                norm_call = lambda x: F.layer_norm(  # noqa: E731
-                    x, (config.hidden_size,), w.norm_weight, w.norm_bias, config.norm_eps
-                )
-            elif config.norm == "rms_norm":
-                norm_call = lambda x: rms_norm(x, w.norm_weight, config.norm_eps)  # noqa: E731
-            gate_w = w.gate
-            parts = {
-                "norm": norm_call,
-                "up": lambda x: F.linear(x, w.up, w.up_bias),
-                "gate": None if gate_w is None else lambda x: F.linear(x, gate_w, w.gate_bias),
-                "down": lambda x: F.linear(x, w.down, w.down_bias),
-            }
+            parts = projection_functions(w)
+            parts["norm"] = (
+                None
+                if config.norm is None
+                else norm_function(config.norm, w.norm_weight, w.norm_bias, config.norm_eps)
+            )
         else:
             up, gate, down = self._projections(projections)
             parts = {"norm": norm, "up": up, "gate": gate, "down": down}
@@ -376,6 +368,3 @@ def check_projections(config: MLPConfig, projections: Projections) -> None:
                 f"mismatched projections: the {name} projection is (out, in) = "
                 f"{tuple(read[0].shape)}, expected {expected}"
             )
-
-
-__all__ = ["MLPConfig", "TritonMLP", "check_projections", "check_tensors", "is_plain"]

@@ -92,20 +92,25 @@ def compose(
     return output if carry is None else carry + output
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last dimension, the statistics in float32."""
+def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight + bias over the last dimension, computed in float32."""
     wide = x.float() if x.dtype in DTYPES else x
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide if weight is None else wide * weight).to(x.dtype)
+    wide = wide if weight is None else wide * weight
+    return (wide if bias is None else wide + bias).to(x.dtype)
 
 
-def _norm_function(norm: str, weights: MLPWeights, eps: float) -> Callable[[Tensor], Tensor]:
+def norm_function(
+    norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Callable[[Tensor], Tensor]:
+    """LayerNorm or RMSNorm over the last dimension, as a function of x."""
     if norm == "rms_norm":
-        return lambda x: rms_norm(x, weights.norm_weight, eps)
-    return lambda x: F.layer_norm(x, x.shape[-1:], weights.norm_weight, weights.norm_bias, eps)
+        return lambda x: rms_norm(x, weight, bias, eps)
+    return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def _parts(weights: MLPWeights) -> dict[str, Callable[[Tensor], Tensor] | None]:
+def projection_functions(weights: MLPWeights) -> dict[str, Callable[[Tensor], Tensor] | None]:
+    """up, gate and down as functions of x."""
     gate = weights.gate
     return {
         "up": lambda x: F.linear(x, weights.up, weights.up_bias),
@@ -300,10 +305,15 @@ def _residual_add(
         return op.compose(
             hidden, residual, attention, attention_bias, final_bias, share, attention_share
         )
-    summands = (None if t is None else rows(t) for t in (residual, attention))
     with on_device(hidden):
         out = launchers.residual_add(
-            rows(hidden), *summands, attention_bias, final_bias, share, attention_share
+            rows(hidden),
+            None if residual is None else rows(residual),
+            None if attention is None else rows(attention),
+            attention_bias,
+            final_bias,
+            share,
+            attention_share,
         )
     return out.view(hidden.shape)
 
@@ -391,8 +401,8 @@ class MLPGemmOp:
             residual,
             None,
             bias,
-            norm=_norm_function(self.norm, weights, self.norm_eps),
-            **_parts(weights),  # pyright: ignore[reportArgumentType]
+            norm=norm_function(self.norm, weights.norm_weight, weights.norm_bias, self.norm_eps),
+            **projection_functions(weights),  # pyright: ignore[reportArgumentType]
             activation=self.activation,
             pre_norm=self.pre_norm,
         )
@@ -449,7 +459,7 @@ class GELUGemmOp:
             None,
             None,
             norm=None,
-            **_parts(weights),  # pyright: ignore[reportArgumentType]
+            **projection_functions(weights),  # pyright: ignore[reportArgumentType]
             activation=self.activation,
             pre_norm=True,
         )

@@ -63,9 +63,11 @@ def choose(
         block_n = 4 if N <= 8192 else 8
         block_k = 1024 if K > 512 else 512
         return Plan(kernel="skinny", block_n=block_n, block_k=block_k, num_warps=4, num_stages=1)
-    block_n = 64 if gated else 128
     if M <= 16:
-        return Plan(kernel="tiled", block_m=16, block_n=32, block_k=128, num_warps=4, num_stages=4)
+        block_k = 64 if dtype == torch.float32 else 128
+        return Plan(
+            kernel="tiled", block_m=16, block_n=32, block_k=block_k, num_warps=4, num_stages=3
+        )
     if M <= 64 or dtype == torch.float32:
         # IEEE float32 products run on the FMA units: a small tile keeps the accumulator there.
         return Plan(
@@ -80,9 +82,9 @@ def choose(
     return Plan(
         kernel="tiled",
         block_m=128,
-        block_n=block_n,
+        block_n=64 if gated else 128,
         block_k=64,
-        num_warps=8 if block_n == 128 else 4,
+        num_warps=8,
         num_stages=3,
         group_m=8,
     )

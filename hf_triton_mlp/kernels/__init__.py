@@ -1,12 +1,6 @@
 """Triton kernels. Each file holds one kind of work; none of them knows about modules."""
 
-try:
-    import triton
-except ImportError as error:  # pragma: no cover - exercised in a subprocess
-    raise ImportError(
-        "hf_triton_mlp needs Triton >= 3.6, which is not installed: `pip install triton` "
-        "(CUDA builds of PyTorch bring it along)"
-    ) from error
+import triton
 
 from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel

@@ -1,0 +1,26 @@
+"""The kernels on the CPU: Triton's interpreter has to be on before Triton is imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_triton_mlp.kernels import INTERPRETED
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run that the interpreter test starts")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively on this machine")
+@pytest.mark.parametrize("file", ["test_ops.py", "test_mlp.py"])
+def test_kernels_under_the_interpreter(file: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", "-k",
+         "not opcheck", str(Path(__file__).with_name(file))],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout

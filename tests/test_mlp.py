@@ -1,0 +1,288 @@
+"""TritonMLP alone: built from a config, and around a model's own projections."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_triton_mlp import MLPConfig, TritonMLP
+from hf_triton_mlp.kernels.activations import ACTIVATIONS
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+H, I = 24, 56  # noqa: E741
+
+#: Float32 results of another summation order: a few hundred eps after two matrix products.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def randomized(mlp: TritonMLP) -> TritonMLP:
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_(0.1, 0.4)
+    return mlp.eval()
+
+
+def expected(
+    mlp: TritonMLP,
+    a: torch.Tensor,
+    r: torch.Tensor | None,
+    residual_norm: torch.Tensor | None,
+    b_a: torch.Tensor | None,
+) -> torch.Tensor:
+    """The table of cases, written out once more, in float64."""
+    p = {name: parameter.detach().double() for name, parameter in mlp.named_parameters()}
+    a, r, residual_norm, b_a = (
+        None if t is None else t.double() for t in (a, r, residual_norm, b_a)
+    )
+    acts = {
+        "relu": lambda x: x.clamp(min=0),
+        "relu2": lambda x: x.clamp(min=0) ** 2,
+        "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        "silu": lambda x: x / (1 + torch.exp(-x)),
+        "quick_gelu": lambda x: x / (1 + torch.exp(-1.702 * x)),
+    }
+    for name in ("gelu_new", "gelu_pytorch_tanh"):
+        acts[name] = lambda x: (
+            0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        )
+    act = acts[mlp.config.activation]
+
+    def feed_forward(x: torch.Tensor) -> torch.Tensor:
+        h = x @ p["inter_w"].t() + p.get("inter_b", 0)
+        if mlp.config.gated:
+            up, gate = (
+                h[..., : mlp.config.intermediate_size],
+                h[..., mlp.config.intermediate_size :],
+            )
+            h = act(gate) * up
+        else:
+            h = act(h)
+        return h @ p["output_w"].t() + p.get("output_b", 0)
+
+    def add(*terms: torch.Tensor | None) -> torch.Tensor:
+        return sum(t for t in terms if t is not None)  # type: ignore[return-value]
+
+    if mlp.config.norm is not None:
+        s = add(a, b_a, r)
+        if mlp.config.norm == "layer_norm":
+            u = (s - s.mean(-1, keepdim=True)) / (
+                s.var(-1, keepdim=True, correction=0) + mlp.config.norm_eps
+            ).sqrt()
+        else:
+            u = s / (s.square().mean(-1, keepdim=True) + mlp.config.norm_eps).sqrt()
+        u = u * p.get("attn_nw", 1) + p.get("attn_nb", 0)
+        return feed_forward(u) + (s if mlp.config.pre_norm else u)
+    if residual_norm is not None:
+        return feed_forward(residual_norm) + add(a, b_a, r)
+    return add(feed_forward(a), r)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 13)])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_norm_cases(device: str, tokens: tuple[int, int], norm: str, pre_norm: bool) -> None:
+    torch.manual_seed(0)
+    for gated, bias, affine in itertools.product([True, False], repeat=3):
+        config = MLPConfig(
+            hidden_size=H, intermediate_size=I, activation="silu", gated=gated, norm=norm,
+            norm_affine=affine, pre_norm=pre_norm, up_bias=bias, down_bias=bias,
+        )  # fmt: skip
+        mlp = randomized(TritonMLP(config)).to(device)
+        a, r = (torch.randn(*tokens, H, device=device) for _ in range(2))
+        b_a = torch.randn(H, device=device)
+        for residual, attention_bias in itertools.product((None, r), (None, b_a)):
+            with torch.no_grad():
+                out = mlp(a, residual=residual, bias=attention_bias)
+            torch.testing.assert_close(
+                out.double(), expected(mlp, a, residual, None, attention_bias), **CLOSE
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_cases_without_norm(device: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    config = MLPConfig(hidden_size=H, intermediate_size=I, norm=None)
+    mlp = randomized(TritonMLP(config)).to(device)
+    a, r, n = (torch.randn(tokens, H, device=device) for _ in range(3))
+    b_a = torch.randn(H, device=device)
+    for args in ((a,), (a, r), (a, r, n), (a, None, n), (a, r, n, b_a), (a, None, n, b_a)):
+        with torch.no_grad():
+            out = mlp(*args)
+        full = (*args, *(None,) * (4 - len(args)))
+        torch.testing.assert_close(out.double(), expected(mlp, *full), **CLOSE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(device: str, activation: str) -> None:
+    torch.manual_seed(0)
+    config = MLPConfig(hidden_size=H, intermediate_size=I, activation=activation)
+    mlp = randomized(TritonMLP(config)).to(device)
+    a = torch.randn(3, H, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(a).double(), expected(mlp, a, None, None, None), **CLOSE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_are_not_modified_and_the_output_is_fresh(device: str) -> None:
+    mlp = randomized(TritonMLP(MLPConfig(hidden_size=H, intermediate_size=I))).to(device)
+    a, r = torch.randn(2, H, device=device), torch.randn(2, H, device=device)
+    copies = a.clone(), r.clone()
+    with torch.no_grad():
+        out = mlp(a, r)
+    assert torch.equal(a, copies[0]) and torch.equal(r, copies[1])
+    assert out.data_ptr() not in (a.data_ptr(), r.data_ptr())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_from_projections(device: str, kind: str) -> None:
+    torch.manual_seed(0)
+    up: nn.Module = nn.Linear(H, I) if kind == "linear" else Conv1D(I, H)
+    down: nn.Module = nn.Linear(I, H) if kind == "linear" else Conv1D(H, I)
+    norm = nn.LayerNorm(H, eps=1e-5)
+    config = MLPConfig(hidden_size=H, intermediate_size=I, activation="gelu", norm="layer_norm")
+    mlp = TritonMLP.from_projections(config, up=("c_fc", up), down=("c_proj", down)).to(device)
+    norm.to(device)
+    assert mlp.c_fc is up and mlp.c_proj is down
+    assert set(mlp.state_dict()) == {"c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"}
+    a, r = torch.randn(5, H, device=device), torch.randn(5, H, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(a), down(F.gelu(up(a))), **CLOSE)
+        torch.testing.assert_close(mlp(a, r), down(F.gelu(up(a))) + r, **CLOSE)
+        s = a + r
+        torch.testing.assert_close(mlp(a, r, norm=norm), down(F.gelu(up(norm(s)))) + s, **CLOSE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_part_that_is_not_plain_is_called(device: str) -> None:
+    up, down, norm = nn.Linear(H, I), nn.Linear(I, H), nn.LayerNorm(H)
+    config = MLPConfig(hidden_size=H, intermediate_size=I, activation="relu")
+    mlp = TritonMLP.from_projections(config, up=("up", up), down=("down", down)).to(device)
+    norm.to(device)
+    a = torch.randn(2, H, device=device)
+
+    def plain() -> torch.Tensor:
+        return down(F.relu(up(norm(a)))) + a
+
+    with torch.no_grad():
+        base = plain()
+        for part in (up, down, norm):
+            handle = part.register_forward_hook(lambda module, args, output: 2 * output)
+            changed = plain()
+            assert not torch.allclose(changed, base)
+            torch.testing.assert_close(mlp(a, norm=norm), changed, **CLOSE)
+            handle.remove()
+        torch.testing.assert_close(mlp(a, norm=norm), base, **CLOSE)
+        torch.nn.utils.parametrizations.weight_norm(up)
+        up.parametrizations.weight.original0.mul_(3)
+        torch.testing.assert_close(mlp(a, norm=norm), plain(), **CLOSE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_and_dropout(device: str) -> None:
+    torch.manual_seed(0)
+    mlp = randomized(TritonMLP(MLPConfig(hidden_size=H, intermediate_size=I))).to(device)
+    a = torch.randn(3, H, device=device, requires_grad=True)
+    mlp(a).square().sum().backward()
+    assert a.grad is not None and all(p.grad is not None for p in mlp.parameters())
+    mlp.dropout = 0.5
+    with torch.no_grad():
+        assert torch.equal(mlp(a), mlp(a))
+        mlp.train()
+        assert not torch.equal(mlp(a), mlp(a))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compile_pickle_deepcopy(device: str) -> None:
+    mlp = randomized(TritonMLP(MLPConfig(hidden_size=H, intermediate_size=I))).to(device)
+    a = torch.randn(2, 3, H, device=device)
+    with torch.no_grad():
+        out = mlp(a, a)
+        compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(a, a), out, **CLOSE)
+        for twin in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
+            assert torch.equal(twin(a, a), out)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+class TestBadInput:
+    def mlp(self, device: str) -> TritonMLP:
+        return TritonMLP(MLPConfig(hidden_size=8, intermediate_size=16)).to(device)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+    def test_not_floating(self, device: str, dtype: torch.dtype) -> None:
+        with pytest.raises(TypeError, match=str(dtype).removeprefix("torch.")):
+            self.mlp(device)(torch.ones(2, 8, device=device).to(dtype))
+
+    def test_other_dtype(self, device: str) -> None:
+        with pytest.raises(TypeError, match=r"float16.*float32"):
+            self.mlp(device)(torch.ones(2, 8, device=device, dtype=torch.float16))
+
+    def test_other_device(self, device: str) -> None:
+        with pytest.raises(ValueError, match=r"meta.*" + device):
+            self.mlp(device)(torch.ones(2, 8, device="meta"))
+
+    def test_hidden_size(self, device: str) -> None:
+        with pytest.raises(ValueError, match=r"7.*8"):
+            self.mlp(device)(torch.ones(2, 7, device=device))
+
+    def test_arguments_of_no_case(self, device: str) -> None:
+        x = torch.ones(2, 8, device=device)
+        with pytest.raises(ValueError, match="residual_norm"):
+            self.mlp(device)(x, residual_norm=x)
+        bare = TritonMLP(MLPConfig(hidden_size=8, intermediate_size=16, norm=None)).to(device)
+        with pytest.raises(ValueError, match="bias"):
+            bare(x, bias=x[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"hidden_size": 0}, ValueError, "hidden_size"),
+        ({"hidden_size": -3}, ValueError, "hidden_size"),
+        ({"intermediate_size": 0}, ValueError, "intermediate_size"),
+        ({"intermediate_size": 2.5}, TypeError, "intermediate_size"),
+        ({"mp_size": 0}, ValueError, "mp_size"),
+        ({"activation": "mish"}, ValueError, "mish.*supported.*gelu_new"),
+        ({"norm": "batch_norm"}, ValueError, "batch_norm.*supported.*rms_norm"),
+        ({"norm_eps": -1.0}, ValueError, "norm_eps"),
+        ({"dtype": torch.float64}, ValueError, "float64.*supported"),
+        ({"dtype": torch.int8}, ValueError, "int8.*supported"),
+    ],
+)
+def test_bad_config(change: dict[str, object], error: type[Exception], text: str) -> None:
+    values: dict[str, object] = {"hidden_size": 8, "intermediate_size": 16, **change}
+    with pytest.raises(error, match=text):
+        MLPConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"mp_group": object()}, "mp_group"),
+        ({"q_scales": torch.ones(1)}, "q_scales"),
+        ({"q_groups": 4}, "q_groups"),
+        ({"merge_count": 2}, "merge_count"),
+        ({"mlp_extra_grouping": True}, "mlp_extra_grouping"),
+    ],
+)
+def test_what_is_not_implemented_says_so(arguments: dict[str, object], text: str) -> None:
+    config = MLPConfig(hidden_size=8, intermediate_size=16)
+    with pytest.raises(NotImplementedError, match=text):
+        TritonMLP(config, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(NotImplementedError, match="mp_size"):
+        TritonMLP(MLPConfig(hidden_size=8, intermediate_size=16, mp_size=2))
+
+
+def test_mismatched_projections() -> None:
+    config = MLPConfig(hidden_size=8, intermediate_size=16)
+    with pytest.raises(ValueError, match=r"down projection.*\(8, 15\).*\(8, 16\)"):
+        TritonMLP.from_projections(config, up=("u", nn.Linear(8, 16)), down=("d", nn.Linear(15, 8)))

@@ -1,0 +1,386 @@
+"""The four operations against float32 (float64 for float32) references.
+
+On the CPU the public operations run PyTorch; the kernels themselves are tested here natively under
+the marker `gpu`, and by tests/test_interpreter.py, which runs this file with TRITON_INTERPRET=1.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.ops import (
+    GELUGemmOp,
+    MLPGemmOp,
+    MLPWeights,
+    ResidualAddOp,
+    VectorMatMulOp,
+)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+if INTERPRETED:
+    # The interpreter truncates when it stores bfloat16 where a GPU rounds to nearest, so an error
+    # of up to twice torch's means nothing there.
+    DTYPES = [torch.float32, torch.float16]
+
+#: tokens: one, the FMA kernel's most, one row over it, the padded 16, tiles and a remainder.
+TOKENS = [1, 4, 5, 17, 70]
+
+
+def error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    """RMS error relative to the reference's RMS; NaN never compares as small."""
+    assert actual.shape == reference.shape
+    return ((actual.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def assert_accurate(
+    actual: torch.Tensor, torch_path: torch.Tensor, reference: torch.Tensor
+) -> None:
+    """At most twice torch's own error; torch is sometimes exact to a bit or two, so 2 eps more.
+
+    2 eps of the dtype is one rounding of the output and one of a summand.
+    """
+    bound = 2 * error(torch_path, reference) + 2 * torch.finfo(actual.dtype).eps
+    measured = error(actual, reference)
+    assert measured <= bound, f"relative RMS error {measured:.3e}, bound {bound:.3e}"
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs start as NaN, so that an element that no kernel writes is found."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    torch.manual_seed(0)
+
+
+def projection(out: int, inp: int, dtype: torch.dtype, device: str, conv1d: bool) -> torch.Tensor:
+    """(out, in), stored that way or, as Conv1D does, (in, out)."""
+    weight = torch.randn(inp, out) if conv1d else torch.randn(out, inp)
+    weight = (weight / inp**0.5).to(device, dtype)
+    return weight.t() if conv1d else weight
+
+
+def mlp_weights(
+    hidden: int,
+    intermediate: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    conv1d: bool = False,
+    gated: bool = False,
+    bias: bool = True,
+    affine: bool = True,
+) -> MLPWeights:
+    def vector(size: int, present: bool = True, around: float = 0.0) -> torch.Tensor | None:
+        return (around + 0.3 * torch.randn(size)).to(device, dtype) if present else None
+
+    return MLPWeights(
+        projection(intermediate, hidden, dtype, device, conv1d),
+        projection(hidden, intermediate, dtype, device, conv1d),
+        vector(intermediate, bias),
+        vector(hidden, bias),
+        projection(intermediate, hidden, dtype, device, conv1d) if gated else None,
+        vector(intermediate, gated and bias),
+        vector(hidden, affine, around=1.0),
+        vector(hidden, affine),
+    )
+
+
+def wide(tensors: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def check_mlp_gemm(op: MLPGemmOp, weights: MLPWeights, tokens: int, **options: bool) -> None:
+    hidden, like = weights.up.shape[1], weights.up
+    x = torch.randn(tokens, hidden).to(like)
+    residual = torch.randn(tokens, hidden).to(like) if options.get("residual", True) else None
+    bias = torch.randn(hidden).to(like) if options.get("bias", True) else None
+    with torch.no_grad():
+        actual = op(x, weights, residual, bias)
+        torch_path = op.compose(x, weights, residual, bias)
+        if like.dtype == torch.float32:
+            w64 = MLPWeights(*wide(weights))  # type: ignore[arg-type]
+            reference = op.compose(x.double(), w64, *wide((residual, bias)))
+        else:
+            reference = op.reference(x, weights, residual, bias)
+    assert actual.dtype == like.dtype and actual.device == like.device
+    assert_accurate(actual, torch_path, reference)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_mlp_gemm_sizes(device: str, dtype: torch.dtype, tokens: int, conv1d: bool) -> None:
+    for hidden, intermediate in ((17, 33), (64, 100)):
+        weights = mlp_weights(hidden, intermediate, dtype, device, conv1d=conv1d)
+        check_mlp_gemm(MLPGemmOp(activation="gelu_new"), weights, tokens)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [2, 19])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_gemm_activations(device: str, tokens: int, gated: bool, activation: str) -> None:
+    weights = mlp_weights(40, 72, torch.float16, device, gated=gated)
+    check_mlp_gemm(MLPGemmOp(activation=activation), weights, tokens)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 23])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_mlp_gemm_options(device: str, tokens: int, norm: str, pre_norm: bool) -> None:
+    op = MLPGemmOp(activation="gelu", norm=norm, norm_eps=1e-3, pre_norm=pre_norm)
+    for residual, bias, weight_bias, affine in itertools.product([True, False], repeat=4):
+        weights = mlp_weights(33, 65, torch.float32, device, bias=weight_bias, affine=affine)
+        check_mlp_gemm(op, weights, tokens, residual=residual, bias=bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 64, 511])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_mlp_gemm_model_sizes(dtype: torch.dtype, tokens: int, conv1d: bool) -> None:
+    weights = mlp_weights(768, 3072, dtype, "cuda", conv1d=conv1d)
+    check_mlp_gemm(MLPGemmOp(activation="gelu_new"), weights, tokens)
+    gated = mlp_weights(511, 1400, dtype, "cuda", conv1d=conv1d, gated=True, bias=False)
+    check_mlp_gemm(MLPGemmOp(activation="silu", norm="rms_norm"), gated, tokens)
+
+
+@pytest.mark.gpu
+def test_large_mean_does_not_cancel() -> None:
+    """A row with mean 1000 and deviation 1: E[x²] - E[x]² would lose every digit in float32."""
+    weights = mlp_weights(512, 64, torch.float32, "cuda")
+    x = torch.randn(3, 512, device="cuda") + 1000
+    op = MLPGemmOp(activation="relu")
+    with torch.no_grad():
+        w64 = MLPWeights(*wide(weights))  # type: ignore[arg-type]
+        reference = op.compose(x.double(), w64, None, None) - x.double()
+        actual, torch_path = op(x, weights) - x, op.compose(x, weights, None, None) - x
+    assert_accurate(actual, torch_path, reference)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 18])
+def test_gelu_gemm(device: str, dtype: torch.dtype, tokens: int) -> None:
+    op = GELUGemmOp(activation="gelu_new")
+    weights = mlp_weights(33, 70, dtype, device)
+    x, add, add2 = (torch.randn(tokens, 33).to(device, dtype) for _ in range(3))
+    bias = torch.randn(33).to(device, dtype)
+    for summands in ((), (add,), (add, add2), (add, add2, bias), (None, None, bias)):
+        with torch.no_grad():
+            actual = op(x, weights, *summands)
+            torch_path = op.compose(x, weights, *summands)
+            w64 = MLPWeights(*wide(weights))  # type: ignore[arg-type]
+            assert_accurate(actual, torch_path, op.compose(x.double(), w64, *wide(summands)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_vector_matmul(device: str, dtype: torch.dtype, conv1d: bool) -> None:
+    op = VectorMatMulOp()
+    weight = projection(65, 129, dtype, device, conv1d)
+    for shape, with_bias in (
+        ((129,), True),
+        ((2, 129), False),
+        ((2, 3, 129), True),
+        ((20, 129), False),
+    ):
+        x = torch.randn(shape).to(device, dtype)
+        bias = torch.randn(65).to(device, dtype) if with_bias else None
+        with torch.no_grad():
+            actual = op(x, weight, bias)
+            torch_path = torch.nn.functional.linear(x, weight, bias)
+            reference = torch.nn.functional.linear(*wide((x, weight, bias)))  # type: ignore[arg-type]
+        assert_accurate(actual, torch_path, reference)
+        assert error(op.reference(x, weight, bias), reference) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_add(device: str, dtype: torch.dtype) -> None:
+    op = ResidualAddOp()
+    hidden, residual, attention = (torch.randn(5, 33).to(device, dtype) for _ in range(3))
+    biases = [torch.randn(33).to(device, dtype) for _ in range(2)]
+    copies = [t.clone() for t in (hidden, residual, attention)]
+    for ranks in (1, 2, 3):
+        serial = op(hidden, residual, attention, *biases, mp_size=ranks)
+        summands = residual.double() + attention.double() + biases[0].double() + biases[1].double()
+        reference = hidden.double() + summands / ranks
+        torch_path = op.compose(hidden, residual, attention, *biases, 1 / ranks, 1 / ranks)
+        assert_accurate(serial, torch_path, reference)
+        parallel = op(hidden, residual, attention, *biases, mp_size=ranks, mlp_after_attn=False)
+        reference += attention.double() * (1 - 1 / ranks)
+        assert_accurate(parallel, torch_path, reference)
+    assert torch.equal(op(hidden), hidden) and op(hidden).data_ptr() != hidden.data_ptr()
+    for tensor, copy in zip((hidden, residual, attention), copies, strict=True):
+        assert torch.equal(tensor, copy)
+
+
+def test_ranks_add_up_to_the_whole() -> None:
+    """P ranks' results sum to the unsharded one: residual and biases enter exactly once."""
+    op = ResidualAddOp()
+    parts = [torch.randn(4, 16) for _ in range(4)]
+    residual, attention, bias = torch.randn(4, 16), torch.randn(4, 16), torch.randn(16)
+    total = sum(op(p, residual, attention, bias, bias, mp_size=4) for p in parts)
+    torch.testing.assert_close(total, op(sum(parts), residual, attention, bias, bias))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_empty_and_leading_dimensions(device: str) -> None:
+    weights = mlp_weights(24, 40, torch.float32, device)
+    op, gelu = MLPGemmOp(activation="relu"), GELUGemmOp(activation="relu")
+    for shape in ((0, 24), (2, 0, 24), (24,), (2, 3, 24), (1, 2, 3, 24)):
+        x = torch.randn(shape).to(device)
+        with torch.no_grad():
+            assert op(x, weights, x).shape == x.shape
+            assert gelu(x, weights).shape == x.shape
+            assert VectorMatMulOp()(x, weights.up).shape == (*shape[:-1], 40)
+            assert ResidualAddOp()(x, x).shape == x.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [3, 21])
+def test_strided_inputs(device: str, tokens: int) -> None:
+    weights = mlp_weights(24, 40, torch.float32, device)
+    op = MLPGemmOp(activation="relu")
+    base = torch.randn(tokens, 100).to(device)
+    sliced, transposed = base[:, 30:54], torch.randn(24, tokens).to(device).t()
+    spaced = torch.randn(tokens, 48).to(device)[:, ::2]
+    with torch.no_grad():
+        for x, residual in ((sliced, transposed), (transposed, spaced), (spaced, sliced)):
+            before = x.clone(), residual.clone()
+            expected = op(x.contiguous(), weights, residual.contiguous())
+            assert torch.equal(op(x, weights, residual), expected)
+            assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_same_bits_every_run(device: str, tokens: int) -> None:
+    weights = mlp_weights(130, 300, torch.float16, device)
+    x = torch.randn(tokens, 130).to(device, torch.float16)
+    op = MLPGemmOp(activation="gelu")
+    with torch.no_grad():
+        first = op(x, weights, x)
+        assert all(torch.equal(op(x, weights, x), first) for _ in range(5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_passes_through(device: str, tokens: int, activation: str) -> None:
+    weights = mlp_weights(24, 40, torch.float32, device)
+    x = torch.randn(tokens, 24).to(device)
+    x[0, 3] = float("nan")
+    with torch.no_grad():
+        out = GELUGemmOp(activation=activation)(x, weights)
+    assert out[0].isnan().all() and not out[1:].isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients(device: str) -> None:
+    weights = mlp_weights(12, 20, torch.float32, device, gated=True)
+    tensors = [t.detach().requires_grad_() for t in weights if t is not None]
+    x = torch.randn(3, 12, device=device, requires_grad=True)
+    op = MLPGemmOp(activation="silu")
+    out = op(x, MLPWeights(*tensors), x)
+    grads = torch.autograd.grad(out.square().sum(), [x, *tensors])
+    w64 = [t.detach().double().requires_grad_() for t in tensors]
+    x64 = x.detach().double().requires_grad_()
+    out64 = op.compose(x64, MLPWeights(*w64), x64, None)
+    for grad, expected in zip(
+        grads, torch.autograd.grad(out64.square().sum(), [x64, *w64]), strict=True
+    ):
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # opcheck compares with its own torch.empty
+    weights = mlp_weights(16, 24, torch.float32, device)
+    x, bias = torch.randn(2, 3, 16).to(device), torch.randn(16).to(device)
+    ops = torch.ops.hf_triton_mlp
+    for op, args in (
+        (ops.mlp_gemm, (x, x, bias, *weights, "relu", "layer_norm", 1e-5, True)),
+        (ops.gelu_gemm, (x, *weights[:6], x, None, bias, "gelu")),
+        (ops.vector_matmul, (x, weights.up, weights.up_bias)),
+        (ops.residual_add, (x, x, None, bias, None, 1.0, 1.0)),
+    ):
+        torch.library.opcheck(op, args)
+
+
+def test_backward_through_a_raw_op_raises() -> None:
+    """The custom op has no gradient formula; it must say so rather than give none."""
+    x, weight = torch.randn(2, 4, requires_grad=True), torch.randn(3, 4)
+    out = torch.ops.hf_triton_mlp.vector_matmul(x, weight, None)
+    with pytest.raises(RuntimeError):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+class TestBadInput:
+    def weights(self, device: str) -> MLPWeights:
+        return mlp_weights(8, 16, torch.float32, device)
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+    def test_dtype(self, device: str, dtype: torch.dtype) -> None:
+        x = torch.ones(2, 8, device=device).to(dtype)
+        weights = self.weights(device)
+        for call in (
+            lambda: MLPGemmOp(activation="relu")(x, weights),
+            lambda: GELUGemmOp(activation="relu")(x, weights),
+            lambda: VectorMatMulOp()(x, weights.up),
+            lambda: ResidualAddOp()(x),
+        ):
+            with pytest.raises(TypeError, match=str(dtype).removeprefix("torch.")):
+                call()
+
+    def test_hidden_size(self, device: str) -> None:
+        x = torch.ones(2, 9, device=device)
+        with pytest.raises((ValueError, RuntimeError)), torch.no_grad():
+            MLPGemmOp(activation="relu")(x, self.weights(device))
+
+    def test_summand_shape(self, device: str) -> None:
+        x = torch.ones(2, 8, device=device)
+        with pytest.raises(ValueError, match="summand"):
+            ResidualAddOp()(x, x[:1])
+        with pytest.raises(ValueError, match="final_bias"):
+            ResidualAddOp()(x, final_bias=torch.ones(7, device=device))
+
+    def test_names(self, device: str) -> None:
+        with pytest.raises(ValueError, match=r"mish.*supported.*gelu_new"):
+            MLPGemmOp(activation="mish")
+        with pytest.raises(ValueError, match=r"batch.*supported.*rms_norm"):
+            MLPGemmOp(activation="relu", norm="batch")
+
+
+@pytest.mark.gpu
+def test_bad_input_on_the_gpu() -> None:
+    weights = mlp_weights(8, 16, torch.float32, "cuda")
+    op = MLPGemmOp(activation="relu")
+    x = torch.ones(2, 8, device="cuda")
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"summand"):
+            op(x, weights, x[:1])
+        with pytest.raises(TypeError, match=r"float16.*float32"):
+            op(x.half(), weights)
+        with pytest.raises(TypeError, match=r"float64"):
+            op(x.double(), MLPWeights(*wide(weights)))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"cuda.*cpu"):
+            op(x, MLPWeights(*(None if t is None else t.cpu() for t in weights)))  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"mismatched projections"):
+            op(x, weights._replace(down=weights.down[:, :-1]))
+        with pytest.raises(ValueError, match=r"norm_weight"):
+            op(x, weights._replace(norm_weight=torch.ones(9, device="cuda")))

@@ -1,0 +1,64 @@
+"""What importing does, what is said when something is missing, and the choice of plans."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_triton_mlp.tuning import Plan, choose
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_import_creates_no_cuda_context_and_needs_no_patches() -> None:
+    result = run(
+        "import sys, torch, hf_triton_mlp\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'hf_triton_mlp.patches' not in sys.modules"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_triton() -> None:
+    result = run(
+        "import importlib.util as util; find = util.find_spec\n"
+        "util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import hf_triton_mlp"
+    )
+    assert result.returncode == 1
+    assert "needs Triton >= 3.6" in result.stderr and "pip install triton" in result.stderr
+
+
+def test_a_checkout_that_is_not_installed() -> None:
+    result = run(
+        "import sys; sys.modules['hf_triton_mlp.patches'] = None\n"
+        "import torch, hf_triton_mlp\n"
+        "hf_triton_mlp.patch_model(torch.nn.Linear(2, 2))"
+    )
+    assert result.returncode == 1 and "pip install -e ." in result.stderr
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
+def test_old_gpu(capability: tuple[int, int]) -> None:
+    with pytest.raises(RuntimeError, match=rf"{capability[0]}\.{capability[1]}.*8\.0"):
+        choose(1, 768, 768, torch.float16, capability)
+
+
+def test_plans_are_pure_and_fit_the_hardware() -> None:
+    for M in (1, 2, 4, 5, 16, 17, 64, 65, 8192):
+        for dtype, size in ((torch.float32, 4), (torch.float16, 2), (torch.bfloat16, 2)):
+            for k_contiguous in (True, False):
+                for gated in (True, False):
+                    arguments = (M, 3072, 768, dtype, (9, 0))
+                    plan = choose(*arguments, k_contiguous=k_contiguous, gated=gated)
+                    assert isinstance(plan, Plan)
+                    assert plan == choose(*arguments, k_contiguous=k_contiguous, gated=gated)
+                    assert (plan.kernel == "skinny") == (M <= 4)
+                    if plan.kernel == "tiled":
+                        # Ampere without a data-centre part has 99 KiB of shared memory a block.
+                        weights = plan.block_n * (2 if gated else 1)
+                        stage = (plan.block_m + weights) * plan.block_k * size
+                        assert stage * plan.num_stages <= 99 * 1024
