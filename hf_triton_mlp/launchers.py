@@ -3,12 +3,9 @@
 Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices.
 """
 
-# Pyright does not model `kernel[grid](..., num_warps=...)`.
-# pyright: reportCallIssue=false
-
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,8 +39,7 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Norm:
+class Norm(NamedTuple):
     """A norm in front of a linear layer, and the residual that it hands on through `carry`."""
 
     kind: str
@@ -54,13 +50,51 @@ class Norm:
     carry_normed: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Summands:
+class Summands(NamedTuple):
     """What joins a linear layer: its output, or with a norm its input. Rows (tokens, size)."""
 
     add: Tensor | None = None
     add2: Tensor | None = None
     add_bias: Tensor | None = None
+
+
+NO_SUMMANDS = Summands()
+
+#: Compiled kernels by everything that Triton specialises on, and the values themselves: finding
+#: one here costs the host a few microseconds, a launch through `kernel[grid](...)` about 25.
+_compiled: dict[tuple[object, ...], Any] = {}
+_COMPILED_LIMIT = 4096
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[int | float, ...],
+    constants: tuple[object, ...],
+    num_warps: int,
+    num_stages: int,
+) -> None:
+    """Launch kernel(*tensors, *scalars, *constants) on the current device."""
+    key = (
+        kernel,
+        scalars,
+        constants,
+        num_warps,
+        num_stages,
+        *[None if t is None else (t.dtype, t.device, t.data_ptr() % 16) for t in tensors],
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *scalars, *constants)
+        return
+    compiled = kernel[grid](
+        *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages
+    )
+    if not INTERPRETED:
+        if len(_compiled) >= _COMPILED_LIMIT:  # one entry for each number of rows, say
+            _compiled.clear()
+        _compiled[key] = compiled
 
 
 def linear(
@@ -71,7 +105,7 @@ def linear(
     gate: tuple[Tensor | None, Tensor | None] = (None, None),
     activation: str | None = None,
     norm: Norm | None = None,
-    summands: Summands | None = None,
+    summands: Summands = NO_SUMMANDS,
 ) -> Tensor:
     """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), in one launch.
 
@@ -79,84 +113,76 @@ def linear(
     """
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
-    add, add2, add_bias = (
-        (None, None, None) if summands is None else (summands.add, summands.add2, summands.add_bias)
-    )
+    add, add2, add_bias = summands
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if M == 0:
         return out
+    weight_strides = weight.stride()
     plan = choose(
         M,
         N,
         K,
         x.dtype,
         capability(x.device.index),
-        k_contiguous=weight.stride(1) == 1,
+        k_contiguous=weight_strides[1] == 1,
         gated=gate_weight is not None,
     )
-    strides = (
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        0 if add2 is None else add2.stride(0),
-        *weight.stride(),
-        *((0, 0) if gate_weight is None else gate_weight.stride()),
-    )
-    if plan.kernel == "skinny":
-        skinny_linear_kernel[(M * triton.cdiv(N, plan.block_n),)](
-            x,
-            weight,
-            bias,
-            gate_weight,
-            gate_bias,
-            None if norm is None else norm.weight,
-            None if norm is None else norm.bias,
-            add,
-            add2,
-            add_bias,
-            None if norm is None else norm.carry,
-            out,
-            M,
-            N,
-            K,
-            *strides,
-            0.0 if norm is None else norm.eps,
-            NORM=None if norm is None else norm.kind,
-            CARRY_NORMED=norm is not None and norm.carry_normed,
-            ACTIVATION=activation,
-            # A weight is read once a step; with several rows the others find it in the L2.
-            EVICT="evict_first" if M == 1 else "",
-            BLOCK_N=plan.block_n,
-            BLOCK_K=plan.block_k,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-        )
-        return out
-    if norm is not None:
+    if norm is not None and plan.kernel != "skinny":
         x = normalize(x, add, add_bias, norm)
-        add = add_bias = None
-    tiled_linear_kernel[(triton.cdiv(M, plan.block_m) * triton.cdiv(N, plan.block_n),)](
-        x,
-        weight,
-        bias,
-        gate_weight,
-        gate_bias,
-        add,
-        add2,
-        add_bias,
-        out,
+        norm, add, add_bias = None, None, None
+    scalars = (
         M,
         N,
         K,
         x.stride(0),
-        *strides[1:],
-        ACTIVATION=activation,
-        BLOCK_M=plan.block_m,
-        BLOCK_N=plan.block_n,
-        BLOCK_K=plan.block_k,
-        GROUP_M=plan.group_m,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
+        0 if add is None else add.stride(0),
+        0 if add2 is None else add2.stride(0),
+        *weight_strides,
+        *((0, 0) if gate_weight is None else gate_weight.stride()),
     )
+    blocks = -(-N // plan.block_n)
+    if plan.kernel == "skinny":
+        kind, norm_weight, norm_bias, eps, carry, carry_normed = norm or (
+            None,
+            None,
+            None,
+            0.0,
+            None,
+            False,
+        )
+        launch(
+            skinny_linear_kernel,
+            (M * blocks, 1, 1),
+            (
+                x,
+                weight,
+                bias,
+                gate_weight,
+                gate_bias,
+                norm_weight,
+                norm_bias,
+                add,
+                add2,
+                add_bias,
+                carry,
+                out,
+            ),
+            (*scalars, eps),
+            # Weights are read once a step; with several rows, the later ones find them in the L2.
+            (kind, carry_normed, activation, "evict_first" if M == 1 else "", *plan.blocks),
+            plan.num_warps,
+            plan.num_stages,
+        )
+    else:
+        launch(
+            tiled_linear_kernel,
+            (-(-M // plan.block_m) * blocks, 1, 1),
+            (x, weight, bias, gate_weight, gate_bias, add, add2, add_bias, out),
+            scalars,
+            (activation, *plan.blocks),
+            plan.num_warps,
+            plan.num_stages,
+        )
     return out
 
 
@@ -164,21 +190,15 @@ def normalize(x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm
     """norm(x + add + add_bias), which is the carry itself when the normed value is carried on."""
     M, K = x.shape
     out = norm.carry if norm.carry_normed else torch.empty_like(norm.carry)
-    norm_kernel[(M,)](
-        x,
-        add,
-        add_bias,
-        norm.weight,
-        norm.bias,
-        None if norm.carry_normed else norm.carry,
-        out,
-        K,
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        norm.eps,
-        NORM=norm.kind,
-        BLOCK_K=min(triton.next_power_of_2(K), 4096),
-        num_warps=4,
+    sums = None if norm.carry_normed else norm.carry
+    launch(
+        norm_kernel,
+        (M, 1, 1),
+        (x, add, add_bias, norm.weight, norm.bias, sums, out),
+        (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
+        (norm.kind, min(triton.next_power_of_2(K), 4096)),
+        4,
+        1,
     )
     return out
 
@@ -198,20 +218,20 @@ def residual_add(
     if M == 0:
         return out
     block = min(triton.next_power_of_2(K), 1024)
-    residual_add_kernel[(M, triton.cdiv(K, block))](
-        hidden,
-        residual,
-        attention,
-        attention_bias,
-        final_bias,
-        out,
-        K,
-        hidden.stride(0),
-        0 if residual is None else residual.stride(0),
-        0 if attention is None else attention.stride(0),
-        share,
-        attention_share,
-        BLOCK_K=block,
-        num_warps=4,
+    launch(
+        residual_add_kernel,
+        (M, triton.cdiv(K, block), 1),
+        (hidden, residual, attention, attention_bias, final_bias, out),
+        (
+            K,
+            hidden.stride(0),
+            0 if residual is None else residual.stride(0),
+            0 if attention is None else attention.stride(0),
+            share,
+            attention_share,
+        ),
+        (block,),
+        4,
+        1,
     )
     return out

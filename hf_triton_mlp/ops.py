@@ -209,7 +209,6 @@ def _check_weights(weights: MLPWeights) -> None:
 # --- custom ops -------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("hf_triton_mlp::mlp_gemm", mutates_args=())
 def _mlp_gemm(
     input: Tensor,
     residual: Tensor | None,
@@ -254,7 +253,6 @@ def _mlp_gemm(
     return out.view(input.shape)
 
 
-@torch.library.custom_op("hf_triton_mlp::gelu_gemm", mutates_args=())
 def _gelu_gemm(
     input: Tensor,
     up: Tensor,
@@ -282,7 +280,6 @@ def _gelu_gemm(
     return out.view(input.shape)
 
 
-@torch.library.custom_op("hf_triton_mlp::vector_matmul", mutates_args=())
 def _vector_matmul(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not kernels_apply(input):
         return F.linear(input, weight, bias)
@@ -290,7 +287,6 @@ def _vector_matmul(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         return linear(rows(input), weight, bias).view(*input.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("hf_triton_mlp::residual_add", mutates_args=())
 def _residual_add(
     hidden: Tensor,
     residual: Tensor | None,
@@ -318,24 +314,41 @@ def _residual_add(
     return out.view(hidden.shape)
 
 
-@_mlp_gemm.register_fake
-def _(input: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _operation(
+    function: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """Register `function` as custom op hf_triton_mlp::<name>; returns what the public classes call.
+
+    Tracers and dispatch modes have to see the op; plain eager calls skip it, because the
+    dispatcher's way through a Python op costs more host time than the launches themselves.
+    """
+    name = function.__name__.removeprefix("_")
+    torch.library.custom_op(f"hf_triton_mlp::{name}", function, mutates_args=()).register_fake(fake)
+    op = getattr(torch.ops.hf_triton_mlp, name).default
+
+    def call(input: Tensor, *arguments: object) -> Tensor:
+        traced = (
+            torch.compiler.is_compiling()
+            or type(input) not in (Tensor, torch.nn.Parameter)
+            or torch._C._len_torch_dispatch_stack() > 0
+        )
+        return op(input, *arguments) if traced else function(input, *arguments)
+
+    return call
+
+
+def _like_input(input: Tensor, *arguments: object) -> Tensor:
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
-@_gelu_gemm.register_fake
-def _(input: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return torch.empty(input.shape, dtype=input.dtype, device=input.device)
-
-
-@_vector_matmul.register_fake
-def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _like_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-@_residual_add.register_fake
-def _(hidden: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+_run_mlp_gemm = _operation(_mlp_gemm, _like_input)
+_run_gelu_gemm = _operation(_gelu_gemm, _like_input)
+_run_vector_matmul = _operation(_vector_matmul, _like_product)
+_run_residual_add = _operation(_residual_add, _like_input)
 
 
 # --- the public operations --------------------------------------------------------------------
@@ -381,7 +394,7 @@ class MLPGemmOp:
         check_tensors(input, weights.up, residual)
         _check_weights(weights)
         _check_vector("bias", bias, input.shape[-1], input)
-        return torch.ops.hf_triton_mlp.mlp_gemm(
+        return _run_mlp_gemm(
             input,
             residual,
             bias,
@@ -440,9 +453,7 @@ class GELUGemmOp:
         check_tensors(input, weights.up, add, add2)
         _check_weights(weights)
         _check_vector("add_bias", add_bias, input.shape[-1], input)
-        return torch.ops.hf_triton_mlp.gelu_gemm(
-            input, *weights[:6], add, add2, add_bias, self.activation
-        )
+        return _run_gelu_gemm(input, *weights[:6], add, add2, add_bias, self.activation)
 
     def compose(
         self,
@@ -490,7 +501,7 @@ class VectorMatMulOp:
             return F.linear(input, weight, bias)
         check_tensors(input, weight)
         _check_vector("bias", bias, weight.shape[0], input)
-        return torch.ops.hf_triton_mlp.vector_matmul(input, weight, bias)
+        return _run_vector_matmul(input, weight, bias)
 
     @staticmethod
     def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -533,7 +544,7 @@ class ResidualAddOp:
         _check_vector("final_bias", final_bias, hidden.shape[-1], hidden)
         if not kernels_apply(hidden) or hidden.dtype not in DTYPES or needs_grad(*tensors):
             return self.compose(*tensors, share, attention_share)
-        return torch.ops.hf_triton_mlp.residual_add(*tensors, share, attention_share)
+        return _run_residual_add(*tensors, share, attention_share)
 
     @staticmethod
     def compose(

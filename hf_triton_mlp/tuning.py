@@ -25,6 +25,13 @@ class Plan:
     block_m: int = 1
     group_m: int = 1
 
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The block sizes as the kernel takes them."""
+        if self.kernel == "skinny":
+            return self.block_n, self.block_k
+        return self.block_m, self.block_n, self.block_k, self.group_m
+
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return f"{self.kernel} {tile}, {self.num_warps} warps"
