@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.knobs import runtime
 
 from hf_triton_mlp.kernels import (
     INTERPRETED,
@@ -28,7 +29,7 @@ def capability(device_index: int | None) -> tuple[int, int]:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+    if not tensor.is_cuda or tensor.device.index == torch._C._cuda_getDevice():
         return nullcontext()
     return torch.cuda.device(tensor.device)
 
@@ -77,24 +78,31 @@ def launch(
 ) -> None:
     """Launch kernel(*tensors, *scalars, *constants) on the current device."""
     key = (
-        kernel,
+        id(kernel),
+        tensors[0].device.index,  # pyright: ignore[reportOptionalMemberAccess]
         scalars,
         constants,
         num_warps,
         num_stages,
-        *[None if t is None else (t.dtype, t.device, t.data_ptr() % 16) for t in tensors],
+        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
     )
     compiled = _compiled.get(key)
-    if compiled is not None:
+    if compiled is None:
+        compiled = kernel[grid](
+            *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages
+        )
+        if not INTERPRETED:
+            if len(_compiled) >= _COMPILED_LIMIT:  # one entry for each number of rows, say
+                _compiled.clear()
+            _compiled[key] = compiled
+    elif runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:  # a profiler's
         compiled[grid](*tensors, *scalars, *constants)
-        return
-    compiled = kernel[grid](
-        *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages
-    )
-    if not INTERPRETED:
-        if len(_compiled) >= _COMPILED_LIMIT:  # one entry for each number of rows, say
-            _compiled.clear()
-        _compiled[key] = compiled
+    else:
+        stream = torch._C._cuda_getCurrentRawStream(key[1])
+        function, metadata = compiled.function, compiled.packed_metadata
+        compiled.run(
+            *grid, stream, function, metadata, None, None, None, *tensors, *scalars, *constants
+        )
 
 
 def linear(
