@@ -1,6 +1,7 @@
 """TritonMLP: an MLP, alone or in a model's layer, with its norm and residuals in fused kernels."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -247,8 +248,15 @@ class TritonMLP(nn.Module):
             or (self.training and self.dropout > 0)
             or (residual is not None and residual.dtype != input.dtype)
             or input.dtype not in DTYPES
-            or needs_grad(input, residual, residual_norm, bias, *weights)
         ):
+            return self._call_parts(input, residual, residual_norm, bias, norm, projections)
+        if needs_grad(input, residual, residual_norm, bias, *weights):
+            if not self.training and not torch.compiler.is_compiling():
+                warnings.warn(
+                    "gradients are enabled, so TritonMLP runs in PyTorch; its kernels run under "
+                    "torch.no_grad(), torch.inference_mode() and in model.generate()",
+                    stacklevel=2,
+                )
             return self._call_parts(input, residual, residual_norm, bias, norm, projections)
         if normed:
             return self._mlp_gemm(input, weights, residual, bias)

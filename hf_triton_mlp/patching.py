@@ -206,11 +206,10 @@ def can_fuse(mlp: nn.Module) -> bool:
 
 def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MLPSpec]]:
     """Every layer of a supported class in `model`, patched or not, with its qualified name."""
-    by_class = {cls: spec for spec in specs() for cls in (spec.layer_class, spec.fused_layer)}
     for name, module in model.named_modules():
-        spec = by_class.get(type(module))
-        if spec is not None:
-            yield name, module, spec
+        for spec in specs():
+            if isinstance(module, spec.layer_class):
+                yield name, module, spec
 
 
 def _supported() -> str:
@@ -273,6 +272,11 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         raise ValueError(
             f"{name}: {spec.layer_class.__name__} computes its MLP inline, so there is no module "
             f'to replace; use depth="layer"'
+        )
+    if type(layer) is not spec.layer_class:
+        raise ValueError(
+            f"{name} is a {type(layer).__name__}, a subclass of {spec.layer_class.__name__} whose "
+            "forward may differ; supported is the class itself"
         )
     reason = spec.refuse(layer)
     if reason is not None:
@@ -440,16 +444,20 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         for path, module in ((spec.up, up), (spec.down, down))
         if read_projection(module) is None
     ]
+    norm = layer.get_submodule(spec.norm(layer))
+    if fused and not is_plain(norm, nn.LayerNorm):
+        called.append(f"{spec.norm(layer)} ({type(norm).__name__})")
     if called or read is None:
-        reason = f"not fused: {', '.join(called)} is called, not read"
+        reason = f"not plain, so called: {', '.join(called)}"
         return PatchRow(name, replaced, dtype, device, "PyTorch", reason)
     weight = read[0]
     if not weight.is_cuda:
-        reason = "waits for weights" if weight.is_meta else ""
-        return PatchRow(name, replaced, dtype, device, "-" if weight.is_meta else "PyTorch", reason)
+        plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
+        return PatchRow(name, replaced, dtype, device, plan, reason)
+    hooks = "" if can_fuse(mlp) or not fused else "hooks on the MLP: its norm is not fused"
     capability = torch.cuda.get_device_capability(weight.device)
     up_plan, down_plan = (
         choose(1, *w.shape, w.dtype, capability, k_contiguous=w.stride(1) == 1)
         for w in (weight, (read_projection(down) or read)[0])
     )
-    return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", "")
+    return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", hooks)
