@@ -1,0 +1,21 @@
+"""The marker `gpu`, one thread, and the device that a test runs on."""
+
+import pytest
+import torch
+
+# The models here are tiny: a second thread costs more than it computes.
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test runs: in PyTorch on the CPU, or in the kernels on a GPU."""
+    return request.param
