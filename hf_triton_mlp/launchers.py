@@ -228,7 +228,7 @@ def residual_add(
     block = min(triton.next_power_of_2(K), 1024)
     launch(
         residual_add_kernel,
-        (M, triton.cdiv(K, block), 1),
+        (M, -(-K // block), 1),
         (hidden, residual, attention, attention_bias, final_bias, out),
         (
             K,

@@ -15,9 +15,9 @@ class TritonGPT2Block(GPT2Block):
         self,
         hidden_states: Any,
         past_key_values: Any = None,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
