@@ -81,13 +81,23 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     )
 
 
+def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
+    """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
+    weight, bias = module.weight, module.bias
+    plain = (nn.Parameter, Tensor, type(None))
+    if type(weight) not in plain or type(bias) not in plain:
+        return None
+    return weight, bias  # pyright: ignore[reportReturnType]
+
+
 def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """(weight as (out, in), bias) of a plain nn.Linear or Conv1D; None if it must be called."""
-    if is_plain(module, nn.Linear):
-        return module.weight, module.bias  # pyright: ignore[reportReturnType]
-    if is_plain(module, Conv1D):
-        return module.weight.t(), module.bias  # pyright: ignore
-    return None
+    if not is_plain(module, nn.Linear, Conv1D):
+        return None
+    read = read_parameters(module)
+    if read is None or read[0] is None:
+        return None
+    return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
 
 
 class TritonMLP(nn.Module):
@@ -289,15 +299,18 @@ class TritonMLP(nn.Module):
         if norm is not None:
             if not is_plain(norm, nn.LayerNorm) or norm.eps != self.config.norm_eps:
                 return None
-            norm_weight, norm_bias = norm.weight, norm.bias
+            norm_read = read_parameters(norm)
+            if norm_read is None:
+                return None
+            norm_weight, norm_bias = norm_read
         return MLPWeights(
             up_read[0],
             down_read[0],
             up_read[1],
             down_read[1],
             *gate_read,
-            norm_weight,  # pyright: ignore[reportArgumentType]
-            norm_bias,  # pyright: ignore[reportArgumentType]
+            norm_weight,
+            norm_bias,
         )
 
     def _own_weights(self) -> MLPWeights:

@@ -22,7 +22,14 @@ from transformers.activations import (
 )
 
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.mlp import MLPConfig, TritonMLP, check_projections, is_plain, read_projection
+from hf_triton_mlp.mlp import (
+    MLPConfig,
+    TritonMLP,
+    check_projections,
+    is_plain,
+    read_parameters,
+    read_projection,
+)
 from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.tuning import check_capability, choose
 
@@ -445,7 +452,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         if read_projection(module) is None
     ]
     norm = layer.get_submodule(spec.norm(layer))
-    if fused and not is_plain(norm, nn.LayerNorm):
+    if fused and (not is_plain(norm, nn.LayerNorm) or read_parameters(norm) is None):
         called.append(f"{spec.norm(layer)} ({type(norm).__name__})")
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
