@@ -12,6 +12,7 @@ if find_spec("triton") is None:
 from hf_triton_mlp.mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, ResidualAddOp, VectorMatMulOp
 from hf_triton_mlp.patching import patch_model, patch_report, patched, unpatch_model
+from hf_triton_mlp.validation import validate
 
 try:
     __version__ = version("hf_triton_mlp")
@@ -30,4 +31,5 @@ __all__ = [
     "patch_report",
     "patched",
     "unpatch_model",
+    "validate",
 ]

@@ -1,0 +1,288 @@
+"""hf-triton-mlp: demo, validate, info.
+
+torch and transformers are imported inside the commands, so that --help answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hf_triton_mlp.validation import ValidationReport
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fused Triton MLPs for Hugging Face Transformers models.",
+)
+console = Console()
+
+DTYPES = ("float32", "float16", "bfloat16")
+PROMPTS = (
+    "In the beginning God created",
+    "And the LORD said unto Moses, Go",
+    "The king",
+)
+
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if any")]
+NewTokens = Annotated[int, typer.Option(min=1, help="greedy tokens to compare")]
+
+
+@app.command()
+def demo(
+    names: Annotated[list[str] | None, typer.Argument(help="checkpoints; default: all")] = None,
+    checkpoints: Annotated[Path, typer.Option(help="their folder")] = Path("tests/checkpoints"),
+    device: Device = None,
+    max_new_tokens: NewTokens = 40,
+) -> None:
+    """Patch and validate the bundled checkpoints, and generate text with both models."""
+    with _errors_in_one_line():
+        found = sorted(path.parent.name for path in checkpoints.glob("*/config.json"))
+        if not found:
+            raise ValueError(
+                f"no checkpoints in {checkpoints}: run this in a checkout of hf_triton_mlp, "
+                "or give their folder with --checkpoints"
+            )
+        heldout = checkpoints / "heldout.txt"
+        reports: dict[str, list[ValidationReport]] = {}
+        for name in names or found:
+            if name not in found:
+                raise ValueError(f"no checkpoint {name!r}; there are {', '.join(found)}")
+            console.rule(name)
+            reports[name] = []
+            for dtype in _dtypes("all", device):
+                reports[name].append(
+                    _validate(
+                        str(checkpoints / name),
+                        dtype=dtype,
+                        device=device,
+                        text=heldout.read_text() if heldout.exists() else None,
+                        prompts=PROMPTS,
+                        max_new_tokens=max_new_tokens,
+                        depth="layer",
+                        show=not reports[name],
+                    )
+                )
+            console.print(_table(reports[name]))
+        _finish([report for of_one in reports.values() for report in of_one])
+
+
+@app.command()
+def validate(
+    path_or_name: Annotated[str, typer.Argument(help="a folder, or a name on the model hub")],
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16 or all that the device computes in")
+    ] = "all",
+    device: Device = None,
+    text: Annotated[Path | None, typer.Option(help="a text file for the perplexity")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
+    max_new_tokens: NewTokens = 40,
+    depth: Annotated[str, typer.Option(help="layer or mlp")] = "layer",
+    output: Annotated[Path | None, typer.Option("--json", help="write the reports here")] = None,
+) -> None:
+    """Compare a patched model with the original; exit status 1 when it is out of bounds."""
+    with _errors_in_one_line():
+        reports = [
+            _validate(
+                path_or_name,
+                dtype=one,
+                device=device,
+                text=None if text is None else text.read_text(),
+                prompts=tuple(prompt or PROMPTS),
+                max_new_tokens=max_new_tokens,
+                depth=depth,
+                show=False,
+            )
+            for one in _dtypes(dtype, device)
+        ]
+        if output is not None:
+            output.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")
+        console.print(_table(reports))
+        _finish(reports)
+
+
+@app.command()
+def info() -> None:
+    """Versions, the device, and the architectures that can be patched."""
+    with _errors_in_one_line():
+        import platform
+
+        import torch
+        import transformers
+        import triton
+
+        import hf_triton_mlp
+        from hf_triton_mlp.kernels.activations import ACTIVATIONS
+        from hf_triton_mlp.patching import specs
+
+        versions = Table("package", "version")
+        versions.add_row("python", platform.python_version())
+        for module in (hf_triton_mlp, torch, triton, transformers):
+            versions.add_row(module.__name__, module.__version__)
+        console.print(versions)
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+            console.print(
+                f"device: {gpu.name}, compute capability {gpu.major}.{gpu.minor}, "
+                f"{gpu.total_memory / 2**30:.0f} GiB"
+            )
+        else:
+            console.print("device: CPU (patched models run PyTorch here)")
+        table = Table("family", "layer", "up, down", "depths", title="supported architectures")
+        for spec in specs():
+            owner = "" if spec.mlp is None else f"{spec.mlp}."
+            depths = "layer" if spec.mlp is None else "layer, mlp"
+            projections = f"{owner}{spec.up}, {owner}{spec.down}"
+            table.add_row(spec.family, spec.layer_class.__name__, projections, depths)
+        console.print(table)
+        console.print("activations:", ", ".join(ACTIVATIONS))
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What a user can meet (no such model, not supported, no such file) shows no traceback."""
+    try:
+        yield
+    except typer.Exit:  # a RuntimeError too
+        raise
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", markup=True, highlight=False)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress(description: str) -> Iterator[None]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    quiet = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        progress.add_task(description, total=None)
+        yield
+
+
+def _device(device: str | None) -> str:
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtypes(dtype: str, device: str | None) -> tuple[str, ...]:
+    if dtype == "all":
+        return DTYPES if _device(device).startswith("cuda") else ("float32", "bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; supported: {', '.join(DTYPES)}, all")
+    return (dtype,)
+
+
+def _validate(
+    path: str,
+    *,
+    dtype: str,
+    device: str | None,
+    text: str | None,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    depth: str,
+    show: bool,
+) -> "ValidationReport":
+    """Load, patch a copy, compare; `show` prints the patch report and both texts too."""
+    import copy
+
+    import torch
+    import transformers
+
+    from hf_triton_mlp.patching import patch_model, patch_report
+    from hf_triton_mlp.validation import DEFAULT_TEXT, validate
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with _progress(f"{path}: {dtype}: loading"):
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+        original: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, dtype)
+        )
+        original = original.to(_device(device)).eval()
+        model = patch_model(copy.deepcopy(original), depth=depth)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    for each in (original, model):
+        each.generation_config.pad_token_id = tokenizer.pad_token_id
+    cases = {"single prompt": tokenizer(prompts[0], return_tensors="pt")}
+    if len(prompts) > 1:
+        cases["left-padded batch"] = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    cases = {
+        name: {key: case[key] for key in ("input_ids", "attention_mask")}
+        for name, case in cases.items()
+    }
+    ids = tokenizer(text or DEFAULT_TEXT, return_tensors="pt", verbose=False)["input_ids"][0]
+    with _progress(f"{path}: {dtype}: validating"):
+        report = validate(original, model, cases, text=ids, max_new_tokens=max_new_tokens)
+    if show:
+        console.print(str(patch_report(model)), highlight=False, soft_wrap=True)
+        for name, each in (("original", original), ("patched", model)):
+            prompt = {key: value.to(each.device) for key, value in cases["single prompt"].items()}
+            tokens = each.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[0]
+            console.print(f"[bold]{name}:[/] ", end="")
+            console.print(tokenizer.decode(tokens), markup=False, highlight=False)
+    return report
+
+
+def _table(reports: list["ValidationReport"]) -> Table:
+    table = Table(
+        "dtype", "case", "max error", "torch's", "RMS error", "torch's", "ratio", "perplexity",
+        "original's", "greedy tokens", "",
+    )  # fmt: skip
+    for report in reports:
+        for case in report.cases:
+            errors, place = case.logits, case.difference
+            greedy = (
+                f"all {case.new_tokens} equal"
+                if place is None
+                else f"row {place.row} differs at {place.position} (margin {place.margin:.2g})"
+            )
+            failed = any(failure.startswith(f"{case.case}:") for failure in report.failures)
+            table.add_row(
+                report.dtype,
+                case.case,
+                f"{errors.patched_max:.2e}",
+                f"{errors.torch_max:.2e}",
+                f"{errors.patched_rms:.2e}",
+                f"{errors.torch_rms:.2e}",
+                f"{errors.ratio:.2f}",
+                "-" if report.perplexity_patched is None else f"{report.perplexity_patched:.3f}",
+                "-" if report.perplexity_original is None else f"{report.perplexity_original:.3f}",
+                greedy,
+                "[red]out of bounds[/]" if failed else "[green]ok[/]",
+            )
+    return table
+
+
+def _finish(reports: list["ValidationReport"]) -> None:
+    """Name what failed and exit with 1, or say that all is within the bound."""
+    failures = [f"{report.dtype}: {text}" for report in reports for text in report.failures]
+    for failure in failures:
+        console.print(f"[red]failed:[/] {failure}")
+    if failures:
+        raise typer.Exit(1)
+    console.print(
+        f"[green]validated:[/] {len(reports)} comparisons, every error at most twice torch's own"
+    )
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()
