@@ -90,10 +90,7 @@ def test_token_counts(family: str, tokens: tuple[int, int], device: str) -> None
     assert_same_outputs(model, tiny.batch(device, *tokens, padding="right"))
 
 
-@pytest.mark.parametrize(
-    ("variant", "depth"),
-    [(name, "layer") for name in tiny.VARIANTS] + [(name, "mlp") for name in MLP_VARIANTS],
-)
+@pytest.mark.parametrize(("variant", "depth"), tiny.VARIANT_DEPTHS)
 def test_greedy_tokens(variant: str, depth: str, device: str) -> None:
     model = tiny.build_variant(variant).to(device)
     padded = tiny.batch(device)

@@ -16,13 +16,6 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 from hf_triton_mlp import TritonMLP, patch_model, patch_report, patched, unpatch_model
 
 LAST = tiny.LAYERS - 1
-DEPTHS = [
-    ("gpt2", "layer"),
-    ("gpt2", "mlp"),
-    ("bloom", "layer"),
-    ("bloom", "mlp"),
-    ("opt", "layer"),
-]
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -53,7 +46,7 @@ def patched_layers(model: nn.Module) -> list[int]:
 # --- what it changes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_patch_and_unpatch(family: str, depth: str) -> None:
     model = tiny.build(family)
     before, expected = tree(model), logits(model)
@@ -68,7 +61,7 @@ def test_patch_and_unpatch(family: str, depth: str) -> None:
     assert tree(model) == before
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_the_depth_is_what_was_asked_for(family: str, depth: str) -> None:
     model = patch_model(tiny.build(family), depth=depth)
     base = {"gpt2": GPT2Block, "bloom": BloomBlock, "opt": OPTDecoderLayer}[family]
@@ -78,7 +71,7 @@ def test_the_depth_is_what_was_asked_for(family: str, depth: str) -> None:
         assert isinstance(layer.mlp, TritonMLP)
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_patching_twice_is_a_no_op(family: str, depth: str) -> None:
     model = patch_model(tiny.build(family), depth=depth)
     once = tree(model)
@@ -86,7 +79,7 @@ def test_patching_twice_is_a_no_op(family: str, depth: str) -> None:
     assert tree(model) == once
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_parameters_are_the_same_objects_under_the_same_names(family: str, depth: str) -> None:
     model = tiny.build(family)
     parameters = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
@@ -99,7 +92,7 @@ def test_parameters_are_the_same_objects_under_the_same_names(family: str, depth
     assert all(torch.equal(found[name], values[name]) for name in values)
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_only_this_instance(family: str, depth: str) -> None:
     classes = (GPT2Block, GPT2MLP, BloomBlock, BloomMLP, OPTDecoderLayer)
     contents = [dict(vars(cls)) for cls in classes]
@@ -345,7 +338,7 @@ def test_a_failure_half_way_changes_nothing(family: str, change: Callable[[str, 
     assert patched_layers(model) == [0, 1]
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_a_failure_after_some_layers_are_patched_keeps_those(family: str, depth: str) -> None:
     model = patch_model(tiny.build(family), include=[0], depth=depth)
     replace_activation(family, tiny.decoder_layers(family, model)[LAST])
@@ -390,7 +383,7 @@ def test_a_subclassed_layer_is_refused(family: str) -> None:
 # --- patch_report -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "depth"), DEPTHS)
+@pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_report(family: str, depth: str) -> None:
     model = tiny.build(family).to(torch.float16)
     names = [f"{tiny.PLACES[family].layers}.{i}" for i in range(tiny.LAYERS)]

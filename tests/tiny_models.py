@@ -22,6 +22,7 @@ LAYERS = 3
 
 FAMILIES = ("gpt2", "bloom", "opt")
 MLP_FAMILIES = ("gpt2", "bloom")  # OPT has no MLP module for depth="mlp"
+DEPTHS = [(family, "layer") for family in FAMILIES] + [(family, "mlp") for family in MLP_FAMILIES]
 CAUSAL: dict[str, type[PreTrainedModel]] = {
     "gpt2": GPT2LMHeadModel,
     "bloom": BloomForCausalLM,
@@ -96,6 +97,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opt-no-final-norm": ("opt", {"_remove_final_layer_norm": True}),
 }
+
+VARIANT_DEPTHS = [
+    (name, depth)
+    for depth, families in (("layer", FAMILIES), ("mlp", MLP_FAMILIES))
+    for name, (family, _) in VARIANTS.items()
+    if family in families
+]
 
 
 def config(family: str, **changes: Any) -> PretrainedConfig:
