@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -217,9 +218,9 @@ def _validate(
         tokenizer.pad_token = tokenizer.eos_token
     for each in (original, model):
         each.generation_config.pad_token_id = tokenizer.pad_token_id
-    cases = {"single prompt": tokenizer(prompts[0], return_tensors="pt")}
+    cases = {"single": tokenizer(prompts[0], return_tensors="pt")}
     if len(prompts) > 1:
-        cases["left-padded batch"] = tokenizer(list(prompts), return_tensors="pt", padding=True)
+        cases["left-padded"] = tokenizer(list(prompts), return_tensors="pt", padding=True)
     cases = {
         name: {key: case[key] for key in ("input_ids", "attention_mask")}
         for name, case in cases.items()
@@ -230,7 +231,7 @@ def _validate(
     if show:
         console.print(str(patch_report(model)), highlight=False, soft_wrap=True)
         for name, each in (("original", original), ("patched", model)):
-            prompt = {key: value.to(each.device) for key, value in cases["single prompt"].items()}
+            prompt = {key: value.to(each.device) for key, value in cases["single"].items()}
             tokens = each.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[0]
             console.print(f"[bold]{name}:[/] ", end="")
             console.print(tokenizer.decode(tokens), markup=False, highlight=False)
@@ -238,29 +239,24 @@ def _validate(
 
 
 def _table(reports: list["ValidationReport"]) -> Table:
-    table = Table(
-        "dtype", "case", "max error", "torch's", "RMS error", "torch's", "ratio", "perplexity",
-        "original's", "greedy tokens", "",
-    )  # fmt: skip
+    columns = ("dtype", "case", "error\nmax, RMS", "torch's\nown", "ratio\n(RMS)")
+    table = Table(*columns, "perplexity\nof both", "greedy tokens", "", box=SIMPLE, padding=(0, 1))
     for report in reports:
+        both = (report.perplexity_patched, report.perplexity_original)
+        perplexities = "\n".join("-" if value is None else f"{value:.3f}" for value in both)
         for case in report.cases:
             errors, place = case.logits, case.difference
-            greedy = (
-                f"all {case.new_tokens} equal"
-                if place is None
-                else f"row {place.row} differs at {place.position} (margin {place.margin:.2g})"
-            )
+            greedy = f"{case.new_tokens} equal"
+            if place is not None:
+                greedy = f"row {place.row}: equal to\n{place.position}, margin {place.margin:.2g}"
             failed = any(failure.startswith(f"{case.case}:") for failure in report.failures)
             table.add_row(
                 report.dtype,
                 case.case,
-                f"{errors.patched_max:.2e}",
-                f"{errors.torch_max:.2e}",
-                f"{errors.patched_rms:.2e}",
-                f"{errors.torch_rms:.2e}",
+                f"{errors.patched_max:.2e}\n{errors.patched_rms:.2e}",
+                f"{errors.torch_max:.2e}\n{errors.torch_rms:.2e}",
                 f"{errors.ratio:.2f}",
-                "-" if report.perplexity_patched is None else f"{report.perplexity_patched:.3f}",
-                "-" if report.perplexity_original is None else f"{report.perplexity_original:.3f}",
+                perplexities,
                 greedy,
                 "[red]out of bounds[/]" if failed else "[green]ok[/]",
             )

@@ -1,0 +1,100 @@
+"""The command line on the bundled checkpoints and on a model that must fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from hf_triton_mlp import patching
+from hf_triton_mlp.cli import app
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+NAMES = ["bloom", "gpt2", "opt-post-norm", "opt-pre-norm"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], env={"COLUMNS": "200"}
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_validate_each_checkpoint(name: str, tmp_path: Path) -> None:
+    options = ("--text", CHECKPOINTS / "heldout.txt", "--json", tmp_path / "out.json")
+    result = run("validate", CHECKPOINTS / name, *options)
+    assert result.exit_code == 0, result.output
+    assert "validated" in result.output and "left-padded" in result.output
+    reports = json.loads((tmp_path / "out.json").read_text())
+    assert reports[0]["dtype"] == "float32" and len(reports) >= 2
+    assert 15 < reports[0]["perplexity_original"] < 40
+
+
+@pytest.mark.parametrize("depth", ["layer", "mlp"])
+def test_validate_fails_with_status_1(depth: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong activation: what a look-alike architecture would do."""
+    from transformers.activations import NewGELUActivation
+
+    monkeypatch.setitem(patching.ACTIVATION_CLASSES, NewGELUActivation, "relu")
+    options = ("--dtype", "float32", "--depth", depth)
+    result = run("validate", CHECKPOINTS / "gpt2", *options)
+    assert result.exit_code == 1, result.output
+    assert "out of bounds" in result.output and "logits: RMS error" in result.output
+
+
+def test_demo() -> None:
+    result = run("demo", "gpt2", "opt-post-norm", "--checkpoints", CHECKPOINTS)
+    assert result.exit_code == 0, result.output
+    assert "original: In the beginning" in result.output
+    assert "patched: In the beginning" in result.output
+    assert "attention residual + norm + MLP + residual" in result.output
+
+
+def test_info() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for text in (
+        "gpt2",
+        "bloom",
+        "opt",
+        "OPTDecoderLayer",
+        "transformers",
+        "device:",
+        "quick_gelu",
+    ):
+        assert text in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("validate", "no/such/folder"), "no/such/folder"),
+        (("validate", CHECKPOINTS / "gpt2", "--dtype", "int8"), "int8"),
+        (("validate", CHECKPOINTS / "gpt2", "--depth", "deep"), "deep"),
+        (("validate", CHECKPOINTS / "opt-pre-norm", "--depth", "mlp"), "inline"),
+        (("validate", CHECKPOINTS / "gpt2", "--text", "no-such-file"), "no-such-file"),
+        (("demo", "--checkpoints", "no-such-folder"), "no-such-folder"),
+        (("demo", "t5", "--checkpoints", CHECKPOINTS), "t5"),
+    ],
+)
+def test_errors_take_one_line(arguments: tuple[object, ...], text: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert text in result.output and "Traceback" not in result.output
+
+
+def test_unsupported_model(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(CHECKPOINTS / "gpt2" / file, tmp_path)
+    result = run("validate", tmp_path, "--dtype", "float32")
+    assert result.exit_code == 2
+    for family in ("gpt2", "bloom", "opt"):
+        assert family in result.output
