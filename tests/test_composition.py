@@ -2,7 +2,10 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import tiny_models as tiny
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
@@ -18,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report, unpatch_model
+from hf_triton_mlp.kernels import INTERPRETED
 
 Change = Callable[[Any], Any]
 
@@ -39,13 +44,13 @@ def changed_and_patched(model: Any, change: Change, order: str) -> Any:
     return change(patch_model(model))
 
 
-def assert_changed_alike(model: Any, change: Change, order: str) -> Any:
+def assert_changed_alike(model: Any, change: Change, order: str, device: str) -> Any:
     """`change` has an effect, and the same one on a patched model; returns that model."""
-    base = logits(model)
-    expected = logits(change(copy.deepcopy(model)))
+    base = logits(model, device)
+    expected = logits(change(copy.deepcopy(model)), device)
     assert not torch.allclose(expected, base, **CLOSE), "the change has no effect to compare"
     changed = changed_and_patched(model, change, order)
-    torch.testing.assert_close(logits(changed), expected, **CLOSE)
+    torch.testing.assert_close(logits(changed, device), expected, **CLOSE)
     return changed
 
 
@@ -209,7 +214,9 @@ ABSENT = {"mlp.act", "mlp.gelu_impl", "mlp.dropout"}
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("family", "path"), HOOKED)
-def test_a_hook_that_changes_an_output_acts(family: str, path: str, order: str) -> None:
+def test_a_hook_that_changes_an_output_acts(
+    family: str, path: str, order: str, device: str
+) -> None:
     """The effect is the unpatched model's, or the patch is refused; it is never dropped."""
 
     def scale(module: nn.Module, args: Any, output: Any) -> Any:
@@ -219,13 +226,13 @@ def test_a_hook_that_changes_an_output_acts(family: str, path: str, order: str) 
         tiny.decoder_layers(family, model)[1].get_submodule(path).register_forward_hook(scale)
         return model
 
-    model = tiny.build(family)
+    model = tiny.build(family).to(device)
     if order == "after" and path in ABSENT:
         with pytest.raises(AttributeError):
             change(patch_model(model))
         return
     try:
-        assert_changed_alike(model, change, order)
+        assert_changed_alike(model, change, order, device)
     except ValueError as error:
         assert "hook" in str(error)
 
@@ -305,6 +312,68 @@ def test_hooks_on_the_mlp_outlive_the_patch(family: str) -> None:
     assert len(calls) == 5
 
 
+def prune(module: nn.Module) -> None:
+    torch.nn.utils.prune.l1_unstructured(module, "weight", amount=0.5)
+
+
+def parametrize(module: nn.Module) -> None:
+    class Halved(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight / 2
+
+    torch.nn.utils.parametrize.register_parametrization(module, "weight", Halved())
+
+
+def replace_forward(module: nn.Module) -> None:
+    forward = module.forward
+    module.forward = lambda *args: 2 * forward(*args)  # type: ignore[method-assign]
+
+
+def replace_weight(module: nn.Module) -> None:
+    weight: Any = module.weight
+    module.weight = nn.Parameter(weight.detach().t().contiguous().t() / 2)
+
+
+def drop_bias(module: nn.Module) -> None:
+    if type(module).__name__ == "Conv1D":
+        nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    else:
+        module.bias = None
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("which", [0, 1], ids=["up", "down"])
+@pytest.mark.parametrize(
+    "alter", [prune, parametrize, replace_forward, replace_weight, drop_bias],
+    ids=lambda alter: alter.__name__,
+)  # fmt: skip
+def test_an_altered_projection_acts(
+    family: str, which: int, alter: Callable[[nn.Module], None], order: str, device: str
+) -> None:
+    path = tiny.PLACES[family].projections[which]
+
+    def change(model: Any) -> Any:
+        alter(tiny.decoder_layers(family, model)[1].get_submodule(path))
+        return model
+
+    model = tiny.build(family).to(device)
+    expected = logits(change(copy.deepcopy(model)), device)
+    changed = assert_changed_alike(model, change, order, device)
+    torch.testing.assert_close(logits(unpatch_model(changed), device), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_inference_mode(family: str, device: str) -> None:
+    model = tiny.build(family).to(device)
+    expected = logits(model, device)
+    with torch.inference_mode():
+        patch_model(model)
+        found = model(**tiny.batch(device)).logits
+    torch.testing.assert_close(found, expected, **CLOSE)
+    torch.testing.assert_close(logits(model, device), expected, **CLOSE)
+
+
 # --- accelerate ---------------------------------------------------------------------------------
 
 
@@ -320,7 +389,7 @@ class Scale(ModelHook):
     ("family", "path"),
     [(f, p) for f, p in HOOKED if p not in ABSENT] + [(f, "") for f in tiny.FAMILIES],
 )
-def test_model_hooks_act(family: str, path: str, order: str) -> None:
+def test_model_hooks_act(family: str, path: str, order: str, device: str) -> None:
     """A hook of accelerate's replaces the forward of one module, the layer itself included."""
 
     def change(model: Any) -> Any:
@@ -328,12 +397,12 @@ def test_model_hooks_act(family: str, path: str, order: str) -> None:
         add_hook_to_module(layer.get_submodule(path), Scale())
         return model
 
-    model = tiny.build(family)
-    base, expected = logits(model), logits(change(copy.deepcopy(model)))
-    changed = assert_changed_alike(model, change, order)
-    torch.testing.assert_close(logits(unpatch_model(changed)), expected, **CLOSE)
+    model = tiny.build(family).to(device)
+    base, expected = logits(model, device), logits(change(copy.deepcopy(model)), device)
+    changed = assert_changed_alike(model, change, order, device)
+    torch.testing.assert_close(logits(unpatch_model(changed), device), expected, **CLOSE)
     remove_hook_from_module(changed, recurse=True)
-    torch.testing.assert_close(logits(changed), base, **CLOSE)
+    torch.testing.assert_close(logits(changed, device), base, **CLOSE)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -505,6 +574,25 @@ def test_lora_gradients(family: str, order: str) -> None:
     _, found = steps(adapted)
     assert all("lora_" in name for name in expected)
     assert_same_gradients(found, expected)
+
+
+# --- the same where the kernels run -------------------------------------------------------------
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the run that the test starts")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively on this machine")
+@pytest.mark.parametrize("which", ["lora", "model_hooks or cpu_offload", "hook_that or altered"])
+def test_what_changes_a_layer_under_the_interpreter(which: str) -> None:
+    """In PyTorch every part of a layer is called; only kernels could pass over a hook."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
+         f"({which}) and not gradients", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
 
 
 # --- torch.compile ------------------------------------------------------------------------------
