@@ -239,8 +239,18 @@ def _validate(
 
 
 def _table(reports: list["ValidationReport"]) -> Table:
-    columns = ("dtype", "case", "error\nmax, RMS", "torch's\nown", "ratio\n(RMS)")
-    table = Table(*columns, "perplexity\nof both", "greedy tokens", "", box=SIMPLE, padding=(0, 1))
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in (
+        "dtype",
+        "case",
+        "error\nmax, RMS",
+        "torch's\nown",
+        "ratio\n(RMS)",
+        "perplexity\nof both",
+        "greedy\ntokens",
+        "",
+    ):
+        table.add_column(column, no_wrap=True)
     for report in reports:
         both = (report.perplexity_patched, report.perplexity_original)
         perplexities = "\n".join("-" if value is None else f"{value:.3f}" for value in both)
@@ -248,7 +258,7 @@ def _table(reports: list["ValidationReport"]) -> Table:
             errors, place = case.logits, case.difference
             greedy = f"{case.new_tokens} equal"
             if place is not None:
-                greedy = f"row {place.row}: equal to\n{place.position}, margin {place.margin:.2g}"
+                greedy = f"row {place.row} @ {place.position}\nmargin {place.margin:.2g}"
             failed = any(failure.startswith(f"{case.case}:") for failure in report.failures)
             table.add_row(
                 report.dtype,
