@@ -214,7 +214,7 @@ def test_encoder_decoder_model(device: str) -> None:
     )
     decoder = GPT2LMHeadModel(tiny.config("gpt2", is_decoder=True, add_cross_attention=True))
     model = tiny.randomized(EncoderDecoderModel(encoder=encoder, decoder=decoder)).eval().to(device)
-    inputs = tiny.batch(device)
+    inputs = tiny.batch(device, padding="right")
     inputs["decoder_input_ids"] = inputs["input_ids"].flip(0)
     reference = tiny.reference_of(model, torch.float32)
     with torch.no_grad():
@@ -238,7 +238,8 @@ def test_two_architectures_in_one_module(device: str) -> None:
             ).last_hidden_state
 
     model = Pair().to(device)
-    reference, inputs = tiny.reference_of(model, torch.float32), tiny.batch(device)
+    reference = tiny.reference_of(model, torch.float32)
+    inputs = tiny.batch(device, padding="right")
     with torch.no_grad():
         exact, original = reference(**inputs), model(**inputs)
         tiny.assert_as_accurate(patch_model(model)(**inputs), original, exact)
