@@ -1,13 +1,13 @@
 """TritonMLP: an MLP, alone or in a model's layer, with its norm and residuals in fused kernels."""
 
 import math
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -67,17 +67,27 @@ class MLPConfig:
             raise ValueError(f"dtype {self.dtype} is not supported; supported: {DTYPES}")
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance's forward is not its class's (a monkeypatch, or accelerate's hooks).
+
+    Removing an accelerate hook leaves the class's forward, bound, on the instance.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling `module` does what its class says, so that its weights may be read instead.
 
     Not so for another class (LoRA wrappers, quantized layers, parametrizations), for a module
-    with hooks, and for one whose forward was replaced on the instance (accelerate's hooks).
+    with hooks, and for one whose forward was replaced on the instance. Backward hooks do not
+    matter: the kernels run only where nothing needs a gradient.
     """
     return (
         type(module) in classes
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and "forward" not in module.__dict__
+        and not has_own_forward(module)
     )
 
 
@@ -109,9 +119,12 @@ class TritonMLP(nn.Module):
     projections under their own names, so that state_dict keys and adapters stay as they were.
 
     On a GPU, without gradients, it runs fused Triton kernels. On the CPU, under autocast, when
-    gradients or dropout are needed, or when a projection is not a plain layer any more, it calls
-    its parts as the original did.
+    gradients are needed, in a model that is being trained, or when a part is not a plain layer
+    any more, it calls its parts as the original did.
     """
+
+    #: The MLP class that a subclass stands in for; its forward runs where the kernels do not.
+    original_class: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -179,9 +192,23 @@ class TritonMLP(nn.Module):
         mlp._configure(config)
         return mlp
 
+    @classmethod
+    def adopt(cls, module: nn.Module, config: MLPConfig, *, up: str, down: str) -> None:
+        """Turn an `original_class` module into this subclass: same object, children and hooks."""
+        change_class(module, cls)
+        assert isinstance(module, TritonMLP)
+        module._configure(config)
+        module.projection_names = (up, None, down)
+
+    def release(self) -> None:
+        """Undo `adopt`."""
+        assert self.original_class is not None
+        for name in ("config", "projection_names", "_gelu_gemm", "_mlp_gemm"):
+            delattr(self, name)
+        change_class(self, self.original_class)
+
     def _configure(self, config: MLPConfig) -> None:
         self.config = config
-        self.dropout = 0.0
         self.projection_names: tuple[str | None, ...] | None = None
         self._gelu_gemm = GELUGemmOp(activation=config.activation)
         self._mlp_gemm = MLPGemmOp(
@@ -254,10 +281,8 @@ class TritonMLP(nn.Module):
             self._check_place(input, weights)
         if (
             weights is None
-            or not kernels_apply(input)
-            or (self.training and self.dropout > 0)
+            or not self._kernels_apply(input)
             or (residual is not None and residual.dtype != input.dtype)
-            or input.dtype not in DTYPES
         ):
             return self._call_parts(input, residual, residual_norm, bias, norm, projections)
         if needs_grad(input, residual, residual_norm, bias, *weights):
@@ -273,6 +298,23 @@ class TritonMLP(nn.Module):
         if residual_norm is None:
             return self._gelu_gemm(input, weights, residual)
         return self._gelu_gemm(residual_norm, weights, input, residual, bias)
+
+    def can_fuse(
+        self, input: Tensor, norm: nn.Module, projections: Projections | None = None
+    ) -> bool:
+        """Whether a layer may hand its residual and norm to this module, on an input like this.
+
+        If not, the layer runs its original forward: on the CPU, in training, with gradients, and
+        where hooks or adapters expect to see the layer's parts called.
+        """
+        if not is_plain(self, type(self)) or not self._kernels_apply(input):
+            return False
+        weights = self._weights(norm, projections)
+        return weights is not None and not needs_grad(input, *weights)
+
+    def _kernels_apply(self, input: Tensor) -> bool:
+        in_training = self.training and not self.owns_weights
+        return kernels_apply(input) and input.dtype in DTYPES and not in_training
 
     def _projections(self, given: Projections | None) -> Projections:
         if given is not None:
@@ -290,6 +332,9 @@ class TritonMLP(nn.Module):
             if norm is not None:
                 raise ValueError("this TritonMLP has its own norm weights; `norm` is for models")
             return self._own_weights()
+        for child in self._modules.values():
+            if child is not None and not is_plain(child, type(child)):
+                return None  # hooks on an activation, say
         up, gate, down = self._projections(projections)
         up_read, down_read = read_projection(up), read_projection(down)
         gate_read = (None, None) if gate is None else read_projection(gate)
@@ -346,8 +391,11 @@ class TritonMLP(nn.Module):
         norm: nn.Module | None,
         projections: Projections | None,
     ) -> Tensor:
-        """The original computation: norm and projections are called, dropout acts."""
+        """The original computation: norm and projections are called."""
         config = self.config
+        if self.original_class is not None and norm is None and residual_norm is None:
+            arguments = (input,) if residual is None else (input, residual)
+            return self.original_class.forward(self, *arguments)
         parts: dict[str, Callable[[Tensor], Tensor] | None]
         if self.owns_weights:
             w = self._own_weights()
@@ -360,9 +408,6 @@ class TritonMLP(nn.Module):
         else:
             up, gate, down = self._projections(projections)
             parts = {"norm": norm, "up": up, "gate": gate, "down": down}
-        if self.training and self.dropout > 0:
-            down_call: Any = parts["down"]
-            parts["down"] = lambda x: F.dropout(down_call(x), self.dropout, training=True)
         return compose(
             input,
             residual,
@@ -372,6 +417,15 @@ class TritonMLP(nn.Module):
             activation=config.activation,
             pre_norm=config.pre_norm,
         )
+
+
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of one module, and the bound forward that an accelerate hook keeps."""
+    if not has_own_forward(module):
+        module.__dict__.pop("forward", None)
+    module.__class__ = cls
+    if "_old_forward" in module.__dict__:
+        module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
 
 
 def check_projections(config: MLPConfig, projections: Projections) -> None:

@@ -3,7 +3,6 @@
 import fnmatch
 import importlib
 import pkgutil
-import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.mlp import (
     MLPConfig,
     TritonMLP,
+    change_class,
     check_projections,
+    has_own_forward,
     is_plain,
     read_parameters,
     read_projection,
@@ -54,11 +55,10 @@ class MLPSpec:
 
     family: the name in reports (transformers' model_type).
     layer_class, fused_layer: the decoder layer and its subclass with the short forward.
-    mlp, mlp_class: the MLP module and its class; None when the layer computes its MLP inline, and
-        then up and down are paths from the layer, otherwise child names of the MLP module.
+    mlp, mlp_class: the MLP module and the TritonMLP subclass that it becomes; None when the layer
+        computes its MLP inline, and then up and down are children of the layer, not of the MLP.
     activation: the activation module, a path from the layer.
     activations: the family's own activation classes, by the name that they compute.
-    dropout: what drops out of the MLP's output: an nn.Dropout or a float, a path from the layer.
     norm: the norm in front of the MLP, given the layer (post-norm layers take another one).
     pre_norm: whether the residual is what enters that norm, given the layer.
     refuse: the reason why this layer cannot be patched, or None.
@@ -68,12 +68,11 @@ class MLPSpec:
     layer_class: type[nn.Module]
     fused_layer: type[nn.Module]
     mlp: str | None
-    mlp_class: type[nn.Module] | None = None
+    mlp_class: type[TritonMLP] | None = None
     up: str
     down: str
     activation: str
     activations: tuple[tuple[type[nn.Module], str], ...] = ()
-    dropout: str
     norm: Callable[[Any], str]
     pre_norm: Callable[[Any], bool] = lambda layer: True
     refuse: Callable[[Any], str | None] = lambda layer: None
@@ -131,7 +130,7 @@ class _Swap:
 
     spec: MLPSpec
     layer: nn.Module
-    mlp: TritonMLP
+    config: MLPConfig
     fused: bool
 
 
@@ -187,25 +186,20 @@ def patched(
     exclude: Iterable[str | int] | None = None,
     depth: str = "layer",
 ) -> Iterator[Model]:
-    """Patch `model` for the duration of a with block; arguments as for patch_model."""
+    """Patch `model` for a with block, and leave it as it was; arguments as for patch_model."""
+    before = [layer for _, layer, spec in _decoder_layers(model) if _triton_mlp(layer, spec)]
     patch_model(model, include=include, exclude=exclude, depth=depth)
     try:
         yield model
     finally:
-        unpatch_model(model)
+        for _, layer, spec in _decoder_layers(model):
+            if layer not in before:
+                _uninstall(layer, spec)
 
 
 def patch_report(model: nn.Module) -> PatchReport:
     """What is replaced in `model` right now, and why the rest is not."""
     return PatchReport(tuple(_row(*found) for found in _decoder_layers(model)))
-
-
-def can_fuse(mlp: nn.Module) -> bool:
-    """Whether a fused layer may hand the residual and the norm to its TritonMLP.
-
-    With hooks on the MLP module it may not: they expect the MLP's own input and output.
-    """
-    return is_plain(mlp, TritonMLP)
 
 
 # --- find -------------------------------------------------------------------------------------
@@ -289,12 +283,13 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
     _check_forward(name, layer)
-    if spec.mlp is not None:
-        mlp = layer.get_submodule(spec.mlp)
-        if type(mlp) is not spec.mlp_class:
+    if spec.mlp_class is not None:
+        mlp = layer.get_submodule(spec.mlp or "")
+        expected = spec.mlp_class.original_class
+        assert expected is not None
+        if type(mlp) is not expected:
             raise ValueError(
-                f"{name}.{spec.mlp} is a {type(mlp).__name__}; supported: "
-                f"{getattr(spec.mlp_class, '__name__', None)}"
+                f"{name}.{spec.mlp} is a {type(mlp).__name__}; supported: {expected.__name__}"
             )
         _check_forward(f"{name}.{spec.mlp}", mlp)
 
@@ -318,20 +313,14 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
     )
     try:
         check_projections(config, (up, None, down))
-        if spec.mlp is None:
-            mlp = TritonMLP.inline(config)
-        else:
-            mlp = TritonMLP.from_projections(config, up=(spec.up, up), down=(spec.down, down))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    dropout = _get(layer, spec.dropout)
-    mlp.dropout = float(dropout.p if isinstance(dropout, nn.Dropout) else dropout)
-    return _Swap(spec, layer, mlp, fused=depth == "layer")
+    return _Swap(spec, layer, config, fused=depth == "layer")
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
     """A forward replaced on the instance would be lost; accelerate's hooks keep theirs."""
-    if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+    if has_own_forward(module) and not hasattr(module, "_hf_hook"):
         raise ValueError(
             f"{name} has a forward of its own, set on the instance, which a patch would bypass; "
             "remove it first"
@@ -384,52 +373,28 @@ def _get(layer: nn.Module, path: str) -> Any:
 
 # --- replace, and the way back ----------------------------------------------------------------
 
-#: State that a stand-in shares with the module it stands in for, so that hooks registered on
-#: either, before or after patching, act on whichever is in the model.
-_HOOKS = tuple(name for name in vars(nn.Module()) if "_hook" in name)
-
 
 def _install(swap: _Swap) -> None:
-    layer, mlp, spec = swap.layer, swap.mlp, swap.spec
-    if spec.mlp is None:
-        layer.add_module("mlp", mlp)
-        mlp.train(layer.training)
+    layer, config, spec = swap.layer, swap.config, swap.spec
+    if spec.mlp_class is None:
+        layer.add_module("mlp", TritonMLP.inline(config).train(layer.training))
     else:
-        original = layer.get_submodule(spec.mlp)
-        _share_hooks(original, mlp)
-        mlp.__dict__["original"] = original  # not a child: its projections are the TritonMLP's
-        mlp.training = original.training
-        setattr(layer, spec.mlp, mlp)
+        mlp = layer.get_submodule(spec.mlp or "")
+        spec.mlp_class.adopt(mlp, config, up=spec.up, down=spec.down)
     if swap.fused:
-        _set_class(layer, spec.fused_layer)
+        change_class(layer, spec.fused_layer)
 
 
 def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
     mlp = _triton_mlp(layer, spec)
     if mlp is None:
         return
-    if spec.mlp is None:
+    if spec.mlp_class is None:
         delattr(layer, "mlp")
     else:
-        original: nn.Module = mlp.__dict__["original"]
-        for name in (spec.up, spec.down):
-            setattr(original, name, getattr(mlp, name))  # an adapter may have wrapped it since
-        _share_hooks(mlp, original)
-        original.train(mlp.training)
-        setattr(layer, spec.mlp, original)
+        mlp.release()
     if isinstance(layer, spec.fused_layer):
-        _set_class(layer, spec.layer_class)
-
-
-def _share_hooks(source: nn.Module, target: nn.Module) -> None:
-    target.__dict__.update({name: source.__dict__[name] for name in _HOOKS})
-
-
-def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Change the class of one layer; accelerate's hook keeps the bound forward that it wraps."""
-    layer.__class__ = cls
-    if "_old_forward" in layer.__dict__:
-        layer.__dict__["_old_forward"] = types.MethodType(cls.forward, layer)
+        change_class(layer, spec.layer_class)
 
 
 # --- report -----------------------------------------------------------------------------------
@@ -451,9 +416,14 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         for path, module in ((spec.up, up), (spec.down, down))
         if read_projection(module) is None
     ]
-    norm = layer.get_submodule(spec.norm(layer))
+    norm, activation = layer.get_submodule(spec.norm(layer)), _get(layer, spec.activation)
     if fused and (not is_plain(norm, nn.LayerNorm) or read_parameters(norm) is None):
         called.append(f"{spec.norm(layer)} ({type(norm).__name__})")
+    called += [
+        f"{path} (hooks)"
+        for path, module in ((spec.activation, activation), ("mlp", mlp))
+        if not is_plain(module, type(module))
+    ]
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
         return PatchRow(name, replaced, dtype, device, "PyTorch", reason)
@@ -461,10 +431,9 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if not weight.is_cuda:
         plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
         return PatchRow(name, replaced, dtype, device, plan, reason)
-    hooks = "" if can_fuse(mlp) or not fused else "hooks on the MLP: its norm is not fused"
     capability = torch.cuda.get_device_capability(weight.device)
     up_plan, down_plan = (
         choose(1, *w.shape, w.dtype, capability, k_contiguous=w.stride(1) == 1)
         for w in (weight, (read_projection(down) or read)[0])
     )
-    return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", hooks)
+    return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", "")

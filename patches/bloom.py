@@ -5,11 +5,20 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu, BloomMLP
 
-from hf_triton_mlp.patching import MLPSpec, can_fuse
+from hf_triton_mlp.mlp import TritonMLP
+from hf_triton_mlp.patching import MLPSpec
+
+
+class TritonBloomMLP(TritonMLP, BloomMLP):
+    """BloomMLP that is a TritonMLP."""
+
+    original_class = BloomMLP
 
 
 class TritonBloomBlock(BloomBlock):
     """BloomBlock whose second norm, MLP and residual are one TritonMLP call."""
+
+    mlp: TritonBloomMLP
 
     def forward(
         self,
@@ -21,7 +30,7 @@ class TritonBloomBlock(BloomBlock):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        if not can_fuse(self.mlp):
+        if not self.mlp.can_fuse(hidden_states, self.post_attention_layernorm):
             return super().forward(
                 hidden_states,
                 alibi,
@@ -54,17 +63,19 @@ def _refuse(layer: nn.Module) -> str | None:
     return None
 
 
+# Device maps and FSDP's wrapping policies find decoder layers by this name.
+TritonBloomBlock.__name__ = BloomBlock.__name__
+
 SPEC = MLPSpec(
     family="bloom",
     layer_class=BloomBlock,
     fused_layer=TritonBloomBlock,
     mlp="mlp",
-    mlp_class=BloomMLP,
+    mlp_class=TritonBloomMLP,
     up="dense_h_to_4h",
     down="dense_4h_to_h",
     activation="mlp.gelu_impl",
     activations=((BloomGelu, "gelu_new"),),
-    dropout="mlp.hidden_dropout",
     norm=lambda layer: "post_attention_layernorm",
     pre_norm=lambda layer: not layer.apply_residual_connection_post_layernorm,
     refuse=_refuse,

@@ -5,11 +5,20 @@ from typing import Any
 from torch import Tensor
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
-from hf_triton_mlp.patching import MLPSpec, can_fuse
+from hf_triton_mlp.mlp import TritonMLP
+from hf_triton_mlp.patching import MLPSpec
+
+
+class TritonGPT2MLP(TritonMLP, GPT2MLP):
+    """GPT2MLP that is a TritonMLP."""
+
+    original_class = GPT2MLP
 
 
 class TritonGPT2Block(GPT2Block):
     """GPT2Block whose attention residual, norm, MLP and residual are one TritonMLP call."""
+
+    mlp: TritonGPT2MLP
 
     def forward(
         self,
@@ -21,7 +30,7 @@ class TritonGPT2Block(GPT2Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is not None or not can_fuse(self.mlp):
+        if encoder_hidden_states is not None or not self.mlp.can_fuse(hidden_states, self.ln_2):
             return super().forward(
                 hidden_states,
                 past_key_values=past_key_values,
@@ -41,15 +50,17 @@ class TritonGPT2Block(GPT2Block):
         return self.mlp(attention, residual=hidden_states, norm=self.ln_2)
 
 
+# Device maps and FSDP's wrapping policies find decoder layers by this name.
+TritonGPT2Block.__name__ = GPT2Block.__name__
+
 SPEC = MLPSpec(
     family="gpt2",
     layer_class=GPT2Block,
     fused_layer=TritonGPT2Block,
     mlp="mlp",
-    mlp_class=GPT2MLP,
+    mlp_class=TritonGPT2MLP,
     up="c_fc",
     down="c_proj",
     activation="mlp.act",
-    dropout="mlp.dropout",
     norm=lambda layer: "ln_2",
 )

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from hf_triton_mlp.mlp import TritonMLP
-from hf_triton_mlp.patching import MLPSpec, can_fuse
+from hf_triton_mlp.mlp import TritonMLP, is_plain
+from hf_triton_mlp.patching import MLPSpec
 
 
 class TritonOPTDecoderLayer(OPTDecoderLayer):
@@ -23,7 +23,13 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         position_ids: Any = None,
         **kwargs: Any,
     ) -> Tensor:
-        if (self.training and self.dropout > 0) or not can_fuse(self.mlp):
+        before = self.do_layer_norm_before
+        norm = self.final_layer_norm if before else self.self_attn_layer_norm
+        projections = (self.fc1, None, self.fc2)
+        activation = self.activation_fn
+        if not is_plain(activation, type(activation)) or not self.mlp.can_fuse(
+            hidden_states, norm, projections
+        ):
             return super().forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -32,7 +38,6 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
                 position_ids=position_ids,
                 **kwargs,
             )
-        before = self.do_layer_norm_before
         attention, _ = self.self_attn(
             hidden_states=self.self_attn_layer_norm(hidden_states) if before else hidden_states,
             past_key_values=past_key_values,
@@ -43,11 +48,14 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         output = self.mlp(
             attention,
             residual=hidden_states,
-            norm=self.final_layer_norm if before else self.self_attn_layer_norm,
-            projections=(self.fc1, None, self.fc2),
+            norm=norm,
+            projections=projections,
         )
         return output if before else self.final_layer_norm(output)
 
+
+# Device maps and FSDP's wrapping policies find decoder layers by this name.
+TritonOPTDecoderLayer.__name__ = OPTDecoderLayer.__name__
 
 SPEC = MLPSpec(
     family="opt",
@@ -57,7 +65,6 @@ SPEC = MLPSpec(
     up="fc1",
     down="fc2",
     activation="activation_fn",
-    dropout="dropout",
     norm=lambda layer: "final_layer_norm" if layer.do_layer_norm_before else "self_attn_layer_norm",
     pre_norm=lambda layer: layer.do_layer_norm_before,
 )

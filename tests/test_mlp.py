@@ -187,17 +187,12 @@ def test_a_part_that_is_not_plain_is_called(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_gradients_and_dropout(device: str) -> None:
+def test_gradients(device: str) -> None:
     torch.manual_seed(0)
     mlp = randomized(TritonMLP(MLPConfig(hidden_size=H, intermediate_size=I))).to(device)
     a = torch.randn(3, H, device=device, requires_grad=True)
     mlp(a).square().sum().backward()
     assert a.grad is not None and all(p.grad is not None for p in mlp.parameters())
-    mlp.dropout = 0.5
-    with torch.no_grad():
-        assert torch.equal(mlp(a), mlp(a))
-        mlp.train()
-        assert not torch.equal(mlp(a), mlp(a))
 
 
 @pytest.mark.parametrize("device", DEVICES)
