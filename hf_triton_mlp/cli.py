@@ -75,7 +75,7 @@ def demo(
                     )
                 )
             console.print(_table(reports[name]))
-        _finish([report for of_one in reports.values() for report in of_one])
+        _finish(reports)
 
 
 @app.command()
@@ -109,7 +109,7 @@ def validate(
         if output is not None:
             output.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")
         console.print(_table(reports))
-        _finish(reports)
+        _finish({path_or_name: reports})
 
 
 @app.command()
@@ -273,15 +273,18 @@ def _table(reports: list["ValidationReport"]) -> Table:
     return table
 
 
-def _finish(reports: list["ValidationReport"]) -> None:
+def _finish(reports: dict[str, list["ValidationReport"]]) -> None:
     """Name what failed and exit with 1, or say that all is within the bound."""
-    failures = [f"{report.dtype}: {text}" for report in reports for text in report.failures]
+    every = [(name, report) for name, of_one in reports.items() for report in of_one]
+    failures = [
+        f"{name}, {report.dtype}, {what}" for name, report in every for what in report.failures
+    ]
     for failure in failures:
         console.print(f"[red]failed:[/] {failure}")
     if failures:
         raise typer.Exit(1)
     console.print(
-        f"[green]validated:[/] {len(reports)} comparisons, every error at most twice torch's own"
+        f"[green]validated:[/] {len(every)} comparisons, every error at most twice torch's own"
     )
 
 

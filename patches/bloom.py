@@ -9,7 +9,7 @@ from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import MLPSpec
 
 
-class TritonBloomMLP(TritonMLP, BloomMLP):
+class TritonBloomMLP(TritonMLP, BloomMLP):  # pyright: ignore[reportIncompatibleMethodOverride]
     """BloomMLP that is a TritonMLP."""
 
     original_class = BloomMLP

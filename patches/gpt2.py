@@ -9,7 +9,7 @@ from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import MLPSpec
 
 
-class TritonGPT2MLP(TritonMLP, GPT2MLP):
+class TritonGPT2MLP(TritonMLP, GPT2MLP):  # pyright: ignore[reportIncompatibleMethodOverride]
     """GPT2MLP that is a TritonMLP."""
 
     original_class = GPT2MLP

@@ -3,8 +3,10 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from hf_triton_mlp import patching
@@ -33,10 +35,14 @@ def test_validate_each_checkpoint(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", ["layer", "mlp"])
 def test_validate_fails_with_status_1(depth: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong activation: what a look-alike architecture would do."""
-    from transformers.activations import NewGELUActivation
+    patch_model = patching.patch_model
 
-    monkeypatch.setitem(patching.ACTIVATION_CLASSES, NewGELUActivation, "relu")
+    def wrong_patch(model: Any, depth: str) -> Any:
+        """What a patch of a look-alike architecture would do."""
+        model.transformer.h[2].mlp.act = torch.nn.ReLU()
+        return patch_model(model, depth=depth)
+
+    monkeypatch.setattr(patching, "patch_model", wrong_patch)
     options = ("--dtype", "float32", "--depth", depth)
     result = run("validate", CHECKPOINTS / "gpt2", *options)
     assert result.exit_code == 1, result.output

@@ -1,6 +1,7 @@
 """What people do with a model besides running it still works on a patched one, and both ways."""
 
 import copy
+import inspect
 import io
 import os
 import pickle
@@ -20,6 +21,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.opt.modeling_opt import OPTDecoder
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report, unpatch_model
 from hf_triton_mlp.kernels import INTERPRETED
@@ -208,8 +210,6 @@ def places(family: str) -> list[str]:
 
 
 HOOKED = [(family, path) for family in tiny.FAMILIES for path in places(family)]
-#: The parts of an MLP that a TritonMLP takes the place of: afterwards there is nothing to hook.
-ABSENT = {"mlp.act", "mlp.gelu_impl", "mlp.dropout"}
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -227,10 +227,6 @@ def test_a_hook_that_changes_an_output_acts(
         return model
 
     model = tiny.build(family).to(device)
-    if order == "after" and path in ABSENT:
-        with pytest.raises(AttributeError):
-            change(patch_model(model))
-        return
     try:
         assert_changed_alike(model, change, order, device)
     except ValueError as error:
@@ -238,7 +234,7 @@ def test_a_hook_that_changes_an_output_acts(
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("family", "path"), [h for h in HOOKED if h[1] not in ABSENT])
+@pytest.mark.parametrize(("family", "path"), HOOKED)
 def test_a_hook_sees_what_it_saw(family: str, path: str, order: str) -> None:
     def record(model: Any) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
@@ -265,7 +261,7 @@ def test_a_hook_sees_what_it_saw(family: str, path: str, order: str) -> None:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("family", "path"), [h for h in HOOKED if h[1] not in ABSENT])
+@pytest.mark.parametrize(("family", "path"), HOOKED)
 def test_a_backward_hook_sees_what_it_saw(family: str, path: str, order: str) -> None:
     def record(model: Any) -> list[torch.Tensor]:
         seen: list[torch.Tensor] = []
@@ -303,10 +299,10 @@ def test_hooks_on_the_mlp_outlive_the_patch(family: str) -> None:
         lambda module, args: calls.append(type(module))
     )
     logits(model)
-    assert calls == [TritonMLP, TritonMLP]
+    assert len(calls) == 2 and all(issubclass(cls, TritonMLP) for cls in calls)
     unpatch_model(model)
     logits(model)
-    assert calls[2:] == [type(mlp), type(mlp)]
+    assert calls[2:] == [type(mlp), type(mlp)] and not isinstance(mlp, TritonMLP)
     early.remove()
     logits(model)
     assert len(calls) == 5
@@ -387,7 +383,7 @@ class Scale(ModelHook):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("family", "path"),
-    [(f, p) for f, p in HOOKED if p not in ABSENT] + [(f, "") for f in tiny.FAMILIES],
+    [*HOOKED, *((family, "") for family in tiny.FAMILIES)],
 )
 def test_model_hooks_act(family: str, path: str, order: str, device: str) -> None:
     """A hook of accelerate's replaces the forward of one module, the layer itself included."""
@@ -613,6 +609,8 @@ def test_compile_without_graph_breaks(family: str, depth: str, device: str) -> N
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_compiled_training(family: str, device: str) -> None:
+    if family == "opt" and "self.training and self.layerdrop" not in inspect.getsource(OPTDecoder):
+        pytest.skip("this transformers' own OPT cannot be traced in training (layerdrop)")
     model = tiny.build(family).to(device).train()
     ids = tiny.batch(device)["input_ids"]
 

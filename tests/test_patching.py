@@ -180,7 +180,7 @@ def test_context_manager_of_what_cannot_be_patched() -> None:
         ({"exclude": ["*.2"]}, [0, 1]),
         ({"exclude": [0, "*.1"]}, [2]),
         ({"exclude": []}, [0, 1, 2]),
-        ({"include": iter([0, 2]), "exclude": iter([0])}, [2]),
+        pytest.param({"include": iter([0, 2]), "exclude": iter([0])}, [2], id="iterators"),
     ],
     ids=str,
 )

@@ -63,9 +63,7 @@ def broken(model: Any, how: str) -> Any:
         elif how == "nan":
             projection.bias[0] = math.nan
         elif how == "activation":
-            other.transformer.h[0].mlp.config = dataclasses.replace(
-                other.transformer.h[0].mlp.config, activation="relu"
-            )
+            other.transformer.h[0].mlp.act = torch.nn.ReLU()
     return other
 
 
@@ -139,9 +137,15 @@ def test_two_models_are_needed(model: Any, batch: dict[str, torch.Tensor]) -> No
 
 
 def test_nan_is_never_within_the_bound() -> None:
-    assert Errors(1.0, 1.0, 2.0, 2.0, 0.0).within_bound
-    assert not Errors(1.0, 1.0, 2.1, 2.0, 0.0).within_bound
-    assert not Errors(1.0, 1.0, 2.0, 2.1, 0.0).within_bound
-    assert not Errors(1.0, 1.0, math.nan, math.nan, 0.0).within_bound
-    assert Errors(0.0, 0.0, 0.0, 0.0, 0.0).within_bound
-    assert not Errors(0.0, 0.0, 1e-9, 1e-9, 0.0).within_bound
+    def within(*errors: float) -> tuple[bool, bool]:
+        found = Errors(*errors, 0.0, 0.0)
+        return found.max_within_bound, found.rms_within_bound
+
+    assert within(1.0, 1.0, 2.0, 2.0) == (True, True)
+    assert within(1.0, 1.0, 2.1, 2.0) == (False, True)
+    assert within(1.0, 1.0, 2.0, 2.1) == (True, False)
+    assert within(1.0, 1.0, math.nan, math.nan) == (False, False)
+    assert within(0.0, 0.0, 0.0, 0.0) == (True, True)
+    assert within(0.0, 0.0, 1e-9, 1e-9) == (False, False)
+    assert Errors(0.0, 0.0, 2.0, 1.0, 1.0, 2.0).max_within_bound
+    assert not Errors(0.0, 0.0, 2.1, 1.1, 1.0, 2.0).rms_within_bound

@@ -34,7 +34,7 @@ def row_statistics(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLO
         s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, offs_k < K)
         centred = tl.where(offs_k < K, s - mean, 0.0)
         squares += centred * centred
-    return mean, 1.0 / tl.sqrt(tl.sum(squares, axis=0) / K + eps)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / K + eps))
 
 
 @triton.jit

@@ -104,9 +104,9 @@ def skinny_linear_kernel(
         gate = tl.sum(gate_acc, axis=1)
         if gate_b_ptr is not None:
             gate += tl.load(gate_b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        y = activate(gate, ACTIVATION) * y
+        y = activate(gate, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
     else:
-        y = activate(y, ACTIVATION)
+        y = activate(y, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
     if NORM is None:
         if add_ptr is not None:
             y += tl.load(add_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)

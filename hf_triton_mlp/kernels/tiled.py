@@ -1,15 +1,9 @@
 """Linear layers for many rows: tiles through the matrix units, with a fused epilogue."""
 
-import os
-
 import triton
 import triton.language as tl
 
-from hf_triton_mlp.kernels.activations import activate
-
-# Triton's interpreter (3.6 … 3.9) multiplies the raw 16-bit integers of bfloat16 operands in
-# tl.dot, so it gets float32 operands instead; on a GPU the operands stay what they are.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from hf_triton_mlp.kernels.activations import INTERPRETED, activate
 
 
 @triton.jit
@@ -72,6 +66,7 @@ def tiled_linear_kernel(
         x = tl.load(x_ptrs, mask=mask_m & (offs_k[None, :] < left), other=0.0)
         w = tl.load(w_ptrs, mask=mask_n & (offs_k[:, None] < left), other=0.0)
         if INTERPRETED:
+            # The interpreter (3.6 … 3.9) multiplies the raw 16-bit integers of bfloat16 operands.
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -90,9 +85,9 @@ def tiled_linear_kernel(
         if gate_b_ptr is not None:
             gate_b = tl.load(gate_b_ptr + offs_n[None, :], mask=mask_n, other=0.0)
             gate_acc += gate_b.to(tl.float32)
-        acc = activate(gate_acc, ACTIVATION) * acc
+        acc = activate(gate_acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * acc
     else:
-        acc = activate(acc, ACTIVATION)
+        acc = activate(acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
     mask = mask_m & mask_n
     if add_ptr is not None:
         add = tl.load(add_ptr + offs_m[:, None] * stride_add + offs_n[None, :], mask=mask, other=0)
