@@ -1,24 +1,30 @@
-"""hf-triton-mlp: demo, validate, info.
+"""hf-triton-mlp: demo, validate, info."""
 
-torch and transformers are imported inside the commands, so that --help answers at once.
-"""
-
+import copy
 import json
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
+import transformers
+import triton
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from hf_triton_mlp.validation import ValidationReport
+import hf_triton_mlp
+from hf_triton_mlp import validation
+from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.patching import patch_model, patch_report, specs
+from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
 app = typer.Typer(
     add_completion=False,
@@ -93,6 +99,8 @@ def validate(
 ) -> None:
     """Compare a patched model with the original; exit status 1 when it is out of bounds."""
     with _errors_in_one_line():
+        if output is not None and not output.parent.is_dir():
+            raise ValueError(f"no folder {output.parent} to write {output.name} in")
         reports = [
             _validate(
                 path_or_name,
@@ -106,9 +114,9 @@ def validate(
             )
             for one in _dtypes(dtype, device)
         ]
+        console.print(_table(reports))
         if output is not None:
             output.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")
-        console.print(_table(reports))
         _finish({path_or_name: reports})
 
 
@@ -116,16 +124,6 @@ def validate(
 def info() -> None:
     """Versions, the device, and the architectures that can be patched."""
     with _errors_in_one_line():
-        import platform
-
-        import torch
-        import transformers
-        import triton
-
-        import hf_triton_mlp
-        from hf_triton_mlp.kernels.activations import ACTIVATIONS
-        from hf_triton_mlp.patching import specs
-
         versions = Table("package", "version")
         versions.add_row("python", platform.python_version())
         for module in (hf_triton_mlp, torch, triton, transformers):
@@ -157,28 +155,30 @@ def _errors_in_one_line() -> Iterator[None]:
     except typer.Exit:  # a RuntimeError too
         raise
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", markup=True, highlight=False)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         raise typer.Exit(2) from error
 
 
 @contextmanager
 def _progress(description: str) -> Iterator[None]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     quiet = not console.is_terminal
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         progress.add_task(description, total=None)
         yield
 
 
-def _device(device: str | None) -> str:
-    import torch
-
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _device(device: str | None) -> torch.device:
+    """The named device, or the GPU if there is one; ValueError when it is not there."""
+    found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no device {device}: torch sees {torch.cuda.device_count()} GPUs")
+    return found
 
 
 def _dtypes(dtype: str, device: str | None) -> tuple[str, ...]:
     if dtype == "all":
-        return DTYPES if _device(device).startswith("cuda") else ("float32", "bfloat16")
+        return DTYPES if _device(device).type == "cuda" else ("float32", "bfloat16")
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; supported: {', '.join(DTYPES)}, all")
     return (dtype,)
@@ -194,24 +194,20 @@ def _validate(
     max_new_tokens: int,
     depth: str,
     show: bool,
-) -> "ValidationReport":
+) -> ValidationReport:
     """Load, patch a copy, compare; `show` prints the patch report and both texts too."""
-    import copy
-
-    import torch
-    import transformers
-
-    from hf_triton_mlp.patching import patch_model, patch_report
-    from hf_triton_mlp.validation import DEFAULT_TEXT, validate
-
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    where = _device(device)
     with _progress(f"{path}: {dtype}: loading"):
-        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-        original: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype)
-        )
-        original = original.to(_device(device)).eval()
+        try:
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
+            original: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype)
+            )
+        except Exception as error:  # safetensors, tokenizers and json have their own
+            raise ValueError(f"cannot load {path}: {error}") from error
+        original = original.to(where).eval()
         model = patch_model(copy.deepcopy(original), depth=depth)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -225,9 +221,12 @@ def _validate(
         name: {key: case[key] for key in ("input_ids", "attention_mask")}
         for name, case in cases.items()
     }
-    ids = tokenizer(text or DEFAULT_TEXT, return_tensors="pt", verbose=False)["input_ids"][0]
+    words = DEFAULT_TEXT if text is None else text
+    ids = tokenizer(words, return_tensors="pt", verbose=False)["input_ids"][0]
     with _progress(f"{path}: {dtype}: validating"):
-        report = validate(original, model, cases, text=ids, max_new_tokens=max_new_tokens)
+        report = validation.validate(
+            original, model, cases, text=ids, max_new_tokens=max_new_tokens
+        )
     if show:
         console.print(str(patch_report(model)), highlight=False, soft_wrap=True)
         for name, each in (("original", original), ("patched", model)):
@@ -238,11 +237,10 @@ def _validate(
     return report
 
 
-def _table(reports: list["ValidationReport"]) -> Table:
+def _table(reports: list[ValidationReport]) -> Table:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
     for column in (
-        "dtype",
-        "case",
+        "dtype,\ncase",
         "error\nmax, RMS",
         "torch's\nown",
         "ratio\n(RMS)",
@@ -261,26 +259,25 @@ def _table(reports: list["ValidationReport"]) -> Table:
                 greedy = f"row {place.row} @ {place.position}\nmargin {place.margin:.2g}"
             failed = any(failure.startswith(f"{case.case}:") for failure in report.failures)
             table.add_row(
-                report.dtype,
-                case.case,
+                f"{report.dtype}\n{case.case}",
                 f"{errors.patched_max:.2e}\n{errors.patched_rms:.2e}",
                 f"{errors.torch_max:.2e}\n{errors.torch_rms:.2e}",
                 f"{errors.ratio:.2f}",
                 perplexities,
                 greedy,
-                "[red]out of bounds[/]" if failed else "[green]ok[/]",
+                "[red]failed[/]" if failed else "[green]ok[/]",
             )
     return table
 
 
-def _finish(reports: dict[str, list["ValidationReport"]]) -> None:
+def _finish(reports: dict[str, list[ValidationReport]]) -> None:
     """Name what failed and exit with 1, or say that all is within the bound."""
     every = [(name, report) for name, of_one in reports.items() for report in of_one]
     failures = [
         f"{name}, {report.dtype}, {what}" for name, report in every for what in report.failures
     ]
     for failure in failures:
-        console.print(f"[red]failed:[/] {failure}")
+        console.print(f"[red]failed:[/] {escape(failure)}")
     if failures:
         raise typer.Exit(1)
     console.print(

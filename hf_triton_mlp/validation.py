@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_triton_mlp.mlp import TritonMLP
+
 #: Genesis 1:1-13 in the King James Version (public domain): enough text for a perplexity.
 DEFAULT_TEXT = """\
 In the beginning God created the heaven and the earth.
@@ -135,20 +137,30 @@ def validate(
     within one rounding), the perplexities agree
     within PERPLEXITY_TOLERANCE and, in float32, all greedy tokens are equal; in half precision a
     different token is reported with the original's logit margin there.
-    Raises ValueError when both models are one object.
+    Raises ValueError when both models are one object, when the original is a patched model, and
+    when the inputs hold no prompts that leave room for the new tokens.
     """
     if original is patched:
         raise ValueError("validate needs two models: the original, and a patched copy of it")
-    cases = {"inputs": inputs} if "input_ids" in inputs else dict(inputs)
-    parameter = next(original.parameters())
-    dtype, device = parameter.dtype, parameter.device
-    cases = {
-        name: {key: value.to(device) for key, value in case.items()} for name, case in cases.items()
-    }
+    if any(isinstance(module, TritonMLP) for module in original.modules()):
+        raise ValueError("the original is a patched model: call validate(original, patched, …)")
+    cases = _cases(inputs, original, max_new_tokens)
     training = original.training, patched.training
-    original.eval()
-    patched.eval()
+    try:
+        return _validate(original.eval(), patched.eval(), cases, text, max_new_tokens)
+    finally:
+        original.train(training[0])
+        patched.train(training[1])
 
+
+def _validate(
+    original: Any,
+    patched: Any,
+    cases: dict[str, dict[str, Tensor]],
+    text: Tensor | None,
+    max_new_tokens: int,
+) -> ValidationReport:
+    dtype = original.dtype
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     reference = copy.deepcopy(original).to(wide)
     expected = {name: _reference_outputs(reference, case) for name, case in cases.items()}
@@ -167,12 +179,38 @@ def validate(
         before, after = (perplexity(model, text) for model in (original, patched))
         if not abs(after - before) <= PERPLEXITY_TOLERANCE * before:
             failures.append(f"perplexity {after:.4f}, the original's is {before:.4f}")
-    original.train(training[0])
-    patched.train(training[1])
     return ValidationReport(
-        str(dtype).removeprefix("torch."), str(device), tuple(reports), before, after,
+        str(dtype).removeprefix("torch."), str(original.device), tuple(reports), before, after,
         tuple(failures),
     )  # fmt: skip
+
+
+def _cases(
+    inputs: Mapping[str, Any], model: Any, max_new_tokens: int
+) -> dict[str, dict[str, Tensor]]:
+    """The inputs by case name, on the model's device."""
+    if not isinstance(inputs, Mapping) or not inputs:
+        raise ValueError(
+            "inputs must be a mapping with input_ids, or such mappings by case name, found "
+            f"{inputs if isinstance(inputs, Mapping) else type(inputs).__name__}"
+        )
+    cases = {"inputs": inputs} if "input_ids" in inputs else inputs
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    for name, case in cases.items():
+        ids = case.get("input_ids") if isinstance(case, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel():
+            raise ValueError(f"{name}: needs input_ids of shape (batch, positions), none empty")
+        if not case.get("attention_mask", ids.new_ones(ids.shape)).any(-1).all():
+            raise ValueError(f"{name}: a prompt without a token")
+        if ids.shape[1] + max_new_tokens > limit:
+            raise ValueError(
+                f"{name}: {ids.shape[1]} positions and {max_new_tokens} new tokens do not fit the "
+                f"model's {limit}"
+            )
+    return {
+        name: {key: value.to(model.device) for key, value in case.items()}
+        for name, case in cases.items()
+    }
 
 
 @torch.no_grad()
@@ -217,8 +255,11 @@ def _reference_outputs(model: Any, case: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 
 def _errors(original: Tensor, patched: Tensor, expected: Tensor, dtype: torch.dtype) -> Errors:
-    if patched.shape != original.shape:
-        return Errors(0.0, 0.0, math.inf, math.inf, 0.0, 0.0)
+    """Where torch's own value is NaN or infinite there is nothing to compare with."""
+    finite = original.isfinite() & expected.isfinite()
+    if patched.shape != original.shape or not finite.any():
+        return Errors(math.nan, math.nan, math.inf, math.inf, 0.0, 0.0)
+    original, patched, expected = original[finite], patched[finite], expected[finite]
 
     def distance(found: Tensor) -> tuple[float, float]:
         difference = found.double() - expected.double()
@@ -247,8 +288,9 @@ def _validate_case(
     logits, *hidden = (
         _errors(*tensors, dtype) for tensors in zip(own, found, expected, strict=True)
     )
+    greedy = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
     tokens = [
-        model.generate(**case, max_new_tokens=max_new_tokens, do_sample=False)
+        model.generate(**case, max_new_tokens=max_new_tokens, **greedy)
         for model in (original, patched)
     ]
     prompt = case["input_ids"].shape[1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from hf_triton_mlp import patching
+from hf_triton_mlp import cli
 from hf_triton_mlp.cli import app
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -35,18 +35,18 @@ def test_validate_each_checkpoint(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", ["layer", "mlp"])
 def test_validate_fails_with_status_1(depth: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    patch_model = patching.patch_model
+    patch_model = cli.patch_model
 
     def wrong_patch(model: Any, depth: str) -> Any:
         """What a patch of a look-alike architecture would do."""
         model.transformer.h[2].mlp.act = torch.nn.ReLU()
         return patch_model(model, depth=depth)
 
-    monkeypatch.setattr(patching, "patch_model", wrong_patch)
+    monkeypatch.setattr(cli, "patch_model", wrong_patch)
     options = ("--dtype", "float32", "--depth", depth)
     result = run("validate", CHECKPOINTS / "gpt2", *options)
     assert result.exit_code == 1, result.output
-    assert "out of bounds" in result.output and "logits: RMS error" in result.output
+    assert "failed" in result.output and "logits: RMS error" in result.output
 
 
 def test_demo() -> None:
@@ -80,6 +80,12 @@ def test_info() -> None:
         (("validate", CHECKPOINTS / "gpt2", "--depth", "deep"), "deep"),
         (("validate", CHECKPOINTS / "opt-pre-norm", "--depth", "mlp"), "inline"),
         (("validate", CHECKPOINTS / "gpt2", "--text", "no-such-file"), "no-such-file"),
+        (("validate", "no [such] folder"), "no [such] folder"),
+        (("validate", CHECKPOINTS / "gpt2", "--device", "cuda:99"), "cuda:99"),
+        (("validate", CHECKPOINTS / "gpt2", "--device", "nonsense"), "nonsense"),
+        (("validate", CHECKPOINTS / "gpt2", "--prompt", ""), "input_ids"),
+        (("validate", CHECKPOINTS / "gpt2", "--max-new-tokens", "9999"), "9999 new tokens"),
+        (("validate", CHECKPOINTS / "gpt2", "--json", "no-such-folder/a.json"), "no-such-folder"),
         (("demo", "--checkpoints", "no-such-folder"), "no-such-folder"),
         (("demo", "t5", "--checkpoints", CHECKPOINTS), "t5"),
     ],
@@ -88,6 +94,20 @@ def test_errors_take_one_line(arguments: tuple[object, ...], text: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert text in result.output and "Traceback" not in result.output
+
+
+def test_an_empty_text_is_not_the_default_one(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    options = ("--dtype", "float32", "--text", tmp_path / "empty.txt")
+    result = run("validate", CHECKPOINTS / "gpt2", *options)
+    assert result.exit_code == 2 and "two tokens" in result.output
+
+
+def test_damaged_checkpoint(tmp_path: Path) -> None:
+    shutil.copytree(CHECKPOINTS / "gpt2", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    result = run("validate", tmp_path, "--dtype", "float32")
+    assert result.exit_code == 2 and "cannot load" in result.output
 
 
 def test_unsupported_model(tmp_path: Path) -> None:

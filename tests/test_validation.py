@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_triton_mlp import patch_model, validate
-from hf_triton_mlp.validation import Errors, perplexity
+from hf_triton_mlp.validation import Errors, _errors, perplexity
 
 
 @pytest.fixture
@@ -134,6 +134,65 @@ def test_perplexity_is_exp_of_the_mean_loss(model: Any) -> None:
 def test_two_models_are_needed(model: Any, batch: dict[str, torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="two models"):
         validate(model, model, batch)
+
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        ({}, "mapping with input_ids"),
+        ([{"input_ids": IDS}], "found list"),
+        ({"case": IDS}, "case: needs input_ids"),
+        ({"input_ids": IDS[0]}, "inputs: needs input_ids"),
+        ({"input_ids": IDS[:, :0]}, "inputs: needs input_ids"),
+        ({"input_ids": IDS.repeat(1, 20)}, "60 positions and 32 new tokens do not fit .* 64"),
+        (
+            {"one": {"input_ids": IDS, "attention_mask": torch.zeros_like(IDS)}},
+            "one: a prompt without a token",
+        ),
+    ],
+)
+def test_inputs_that_cannot_be_compared(model: Any, inputs: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        validate(model, patch_model(copy.deepcopy(model)), inputs)
+
+
+def test_the_original_comes_first(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(ValueError, match="the original is a patched model"):
+        validate(patch_model(copy.deepcopy(model)), model, batch)
+
+
+def test_training_mode_comes_back_after_an_error(model: Any) -> None:
+    other = patch_model(copy.deepcopy(model))
+    model.train()
+    with pytest.raises(IndexError):
+        validate(model, other, {"input_ids": IDS + 1000})
+    assert model.training and not other.training
+
+
+def test_greedy_whatever_the_generation_config_says(
+    model: Any, batch: dict[str, torch.Tensor]
+) -> None:
+    expected = validate(model, patch_model(copy.deepcopy(model)), batch)
+    model.generation_config.update(do_sample=True, num_beams=2, return_dict_in_generate=True)
+    found = validate(model, patch_model(copy.deepcopy(model)), batch)
+    assert expected.passed and found.cases == expected.cases
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_values_that_are_not_finite(value: float) -> None:
+    expected, own = torch.zeros(2, 4), torch.tensor([[0.5] * 4, [value] * 4])
+    dtype = torch.float32
+    worse = own.clone()
+    worse[0, 0] = value
+    for patched, passes in ((own, True), (torch.full((2, 4), 0.5), True), (worse, False)):
+        errors = _errors(own, patched, expected, dtype)
+        assert errors.rms_within_bound == errors.max_within_bound == passes
+        assert errors.torch_rms == 0.5
+    nothing = torch.full((2, 4), value)
+    assert not _errors(nothing, nothing, expected, dtype).rms_within_bound
 
 
 def test_nan_is_never_within_the_bound() -> None:
