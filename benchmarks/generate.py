@@ -63,7 +63,7 @@ def generate(model: Any, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def launches(model: Any, prompt: torch.Tensor, tokens: int) -> int:
-    """GPU kernels, copies and fills of one generate() call."""
+    """Kernels on the GPU, without copies and fills, in one generate() call."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         generate(model, prompt, tokens)
         torch.cuda.synchronize()
