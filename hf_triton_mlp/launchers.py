@@ -3,6 +3,7 @@
 Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from triton.knobs import runtime
 
 from hf_triton_mlp.kernels import (
     INTERPRETED,
+    decode_linear_kernel,
     norm_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
     tiled_linear_kernel,
 )
-from hf_triton_mlp.tuning import choose
+from hf_triton_mlp.tuning import DECODE_ROWS, Plan, choose
 
 
 @lru_cache
@@ -60,6 +62,7 @@ class Summands(NamedTuple):
 
 
 NO_SUMMANDS = Summands()
+NO_NORM = (None, None, None, 0.0, None, False)
 
 #: Compiled kernels by everything that Triton specialises on, and the values themselves: finding
 #: one here costs the host a few microseconds, a launch through `kernel[grid](...)` about 25.
@@ -67,16 +70,22 @@ _compiled: dict[tuple[object, ...], Any] = {}
 _COMPILED_LIMIT = 4096
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[Tensor | None, ...],
-    scalars: tuple[int | float, ...],
-    constants: tuple[object, ...],
-    num_warps: int,
-    num_stages: int,
-) -> None:
-    """Launch kernel(*tensors, *scalars, *constants) on the current device."""
+class Launch(NamedTuple):
+    """One kernel launch: kernel[grid](*tensors, *scalars, *constants), its options in `plan`."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    tensors: tuple[Tensor | None, ...]
+    scalars: tuple[int | float, ...]
+    constants: tuple[object, ...]
+    num_warps: int
+    num_stages: int
+    pdl: bool = False
+
+
+def launch(call: Launch) -> Any:
+    """Launch on the current device; returns the compiled kernel."""
+    kernel, grid, tensors, scalars, constants, num_warps, num_stages, pdl = call
     key = (
         id(kernel),
         tensors[0].device.index,  # pyright: ignore[reportOptionalMemberAccess]
@@ -84,12 +93,14 @@ def launch(
         constants,
         num_warps,
         num_stages,
+        pdl,
         *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
     )
     compiled = _compiled.get(key)
     if compiled is None:
+        options = {"launch_pdl": True} if pdl else {}
         compiled = kernel[grid](
-            *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages
+            *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages, **options
         )
         if not INTERPRETED:
             if len(_compiled) >= _COMPILED_LIMIT:  # one entry for each number of rows, say
@@ -103,6 +114,7 @@ def launch(
         compiled.run(
             *grid, stream, function, metadata, None, None, None, *tensors, *scalars, *constants
         )
+    return compiled
 
 
 def linear(
@@ -114,30 +126,54 @@ def linear(
     activation: str | None = None,
     norm: Norm | None = None,
     summands: Summands = NO_SUMMANDS,
+    plan: Plan | None = None,
 ) -> Tensor:
     """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), in one launch.
 
-    With a norm and more rows than the skinny kernel takes, the norm is a launch of its own.
+    With a norm that the plan's kernel does not fuse, the norm is a launch of its own.
+    """
+    M, N = x.shape[0], weight.shape[0]
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if M == 0:
+        return out
+    plan = plan or plan_linear(x, weight, gated=gate[0] is not None)
+    if norm is not None and not plan.fuses_norm:
+        x = normalize(x, summands.add, summands.add_bias, norm)
+        norm, summands = None, NO_SUMMANDS
+    launch(linear_launch(plan, x, weight, bias, gate, activation, norm, summands, out))
+    return out
+
+
+def plan_linear(x: Tensor, weight: Tensor, *, gated: bool) -> Plan:
+    """How rows x (tokens, K) times weight (N, K) runs on x's device."""
+    return choose(
+        x.shape[0],
+        *weight.shape,
+        x.dtype,
+        capability(x.device.index),
+        k_contiguous=weight.stride(1) == 1,
+        gated=gated,
+    )
+
+
+def linear_launch(
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
+    norm: Norm | None,
+    summands: Summands,
+    out: Tensor,
+) -> Launch:
+    """The launch that computes `linear` into out (tokens, N).
+
+    The kernels that fuse a norm take x, add, add2, carry and out first: see `DecodeMLP`.
     """
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    if M == 0:
-        return out
-    weight_strides = weight.stride()
-    plan = choose(
-        M,
-        N,
-        K,
-        x.dtype,
-        capability(x.device.index),
-        k_contiguous=weight_strides[1] == 1,
-        gated=gate_weight is not None,
-    )
-    if norm is not None and plan.kernel != "skinny":
-        x = normalize(x, add, add_bias, norm)
-        norm, add, add_bias = None, None, None
     scalars = (
         M,
         N,
@@ -145,53 +181,34 @@ def linear(
         x.stride(0),
         0 if add is None else add.stride(0),
         0 if add2 is None else add2.stride(0),
-        *weight_strides,
+        *weight.stride(),
         *((0, 0) if gate_weight is None else gate_weight.stride()),
     )
     blocks = -(-N // plan.block_n)
-    if plan.kernel == "skinny":
-        kind, norm_weight, norm_bias, eps, carry, carry_normed = norm or (
-            None,
-            None,
-            None,
-            0.0,
-            None,
-            False,
+    options = plan.num_warps, plan.num_stages, plan.pdl
+    if not plan.fuses_norm:
+        tensors = (x, weight, bias, gate_weight, gate_bias, add, add2, add_bias, out)
+        grid = (-(-M // plan.block_m) * blocks, 1, 1)
+        constants = (activation, *plan.blocks)
+        return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
+    kind, norm_weight, norm_bias, eps, carry, carry_normed = norm or NO_NORM
+    tensors = (
+        x, add, add2, carry, out,
+        weight, bias, gate_weight, gate_bias, norm_weight, norm_bias, add_bias,
+    )  # fmt: skip
+    scalars = (*scalars, eps)
+    constants = (kind, carry_normed, activation)
+    if plan.kernel == "decode":
+        constants += (
+            weight.stride(1) == 1,
+            *plan.blocks,
+            triton.next_power_of_2(-(-K // blocks)),
+            plan.pdl,
         )
-        launch(
-            skinny_linear_kernel,
-            (M * blocks, 1, 1),
-            (
-                x,
-                weight,
-                bias,
-                gate_weight,
-                gate_bias,
-                norm_weight,
-                norm_bias,
-                add,
-                add2,
-                add_bias,
-                carry,
-                out,
-            ),
-            (*scalars, eps),
-            # Weights are read once a step; with several rows, the later ones find them in the L2.
-            (kind, carry_normed, activation, "evict_first" if M == 1 else "", *plan.blocks),
-            plan.num_warps,
-            plan.num_stages,
-        )
-    else:
-        launch(
-            tiled_linear_kernel,
-            (-(-M // plan.block_m) * blocks, 1, 1),
-            (x, weight, bias, gate_weight, gate_bias, add, add2, add_bias, out),
-            scalars,
-            (activation, *plan.blocks),
-            plan.num_warps,
-            plan.num_stages,
-        )
-    return out
+        return Launch(decode_linear_kernel, (blocks, 1, 1), tensors, scalars, constants, *options)
+    # Weights are read once a step; with several rows, the later ones find them in the L2.
+    constants += ("evict_first" if M == 1 else "", *plan.blocks)
+    return Launch(skinny_linear_kernel, (M * blocks, 1, 1), tensors, scalars, constants, *options)
 
 
 def normalize(x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm) -> Tensor:
@@ -200,13 +217,15 @@ def normalize(x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm
     out = norm.carry if norm.carry_normed else torch.empty_like(norm.carry)
     sums = None if norm.carry_normed else norm.carry
     launch(
-        norm_kernel,
-        (M, 1, 1),
-        (x, add, add_bias, norm.weight, norm.bias, sums, out),
-        (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
-        (norm.kind, min(triton.next_power_of_2(K), 4096)),
-        4,
-        1,
+        Launch(
+            norm_kernel,
+            (M, 1, 1),
+            (x, add, add_bias, norm.weight, norm.bias, sums, out),
+            (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
+            (norm.kind, min(triton.next_power_of_2(K), 4096)),
+            num_warps=4,
+            num_stages=1,
+        )
     )
     return out
 
@@ -226,20 +245,125 @@ def residual_add(
     if M == 0:
         return out
     block = min(triton.next_power_of_2(K), 1024)
+    scalars = (
+        K,
+        hidden.stride(0),
+        0 if residual is None else residual.stride(0),
+        0 if attention is None else attention.stride(0),
+        share,
+        attention_share,
+    )
     launch(
-        residual_add_kernel,
-        (M, -(-K // block), 1),
-        (hidden, residual, attention, attention_bias, final_bias, out),
-        (
-            K,
-            hidden.stride(0),
-            0 if residual is None else residual.stride(0),
-            0 if attention is None else attention.stride(0),
-            share,
-            attention_share,
-        ),
-        (block,),
-        4,
-        1,
+        Launch(
+            residual_add_kernel,
+            (M, -(-K // block), 1),
+            (hidden, residual, attention, attention_bias, final_bias, out),
+            scalars,
+            (block,),
+            num_warps=4,
+            num_stages=1,
+        )
     )
     return out
+
+
+class DecodeMLP:
+    """An MLP for a few rows as two launches with everything bound but the caller's tensors.
+
+    What finding the plan, checking the tensors and looking the compiled kernels up costs the host
+    is paid once for each number of rows; a call costs two allocations and two launches. It is for
+    plain calls: no gradients, no tracing, tensors of the weights' dtype on their device, and
+    weights that stay where they are.
+
+    norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`.
+    """
+
+    def __init__(
+        self,
+        up: tuple[Tensor, Tensor | None],
+        gate: tuple[Tensor | None, Tensor | None],
+        down: tuple[Tensor, Tensor | None],
+        *,
+        activation: str,
+        norm: tuple[str, Tensor | None, Tensor | None, float] | None,
+        carry_normed: bool,
+    ) -> None:
+        self.up, self.gate, self.down = up, gate, down
+        self.activation, self.norm, self.carry_normed = activation, norm, carry_normed
+        self.intermediate, self.hidden = up[0].shape
+        self.device = up[0].device
+        self._bound: dict[tuple[int, bool], Any] = {}
+
+    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The MLP of input (…, H); with a norm, of input + residual; plus the residual.
+
+        None when the call is not for the bound kernels: too many rows, tensors that are not
+        contiguous or not aligned, another current device, or a profiler that wants to see launches.
+        """
+        x = input.data_ptr()
+        r = None if residual is None else residual.data_ptr()
+        rows = input.numel() // self.hidden
+        if (
+            not 0 < rows <= DECODE_ROWS
+            or (x | (r or 0)) % 16
+            or not input.is_contiguous()
+            or (residual is not None and not residual.is_contiguous())
+            or torch._C._cuda_getDevice() != self.device.index
+            or runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+        ):
+            return None
+        key = rows, r is None
+        if key not in self._bound:
+            self._bound[key] = self._bind(input, residual)
+        bound = self._bound[key]
+        if bound is None:
+            return None
+        run_up, run_down, carry_bytes, work_bytes = bound
+        out = torch.empty_like(input)
+        work = torch.empty(work_bytes, dtype=torch.uint8, device=self.device)
+        carry = work.data_ptr()
+        hidden = carry + carry_bytes
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        if self.norm is None:
+            run_up(stream, x, None, None, None, hidden)
+            run_down(stream, hidden, r, None, None, out.data_ptr())
+        else:
+            run_up(stream, x, r, None, carry, hidden)
+            run_down(stream, hidden, carry, None, None, out.data_ptr())
+        return out
+
+    def _bind(self, input: Tensor, residual: Tensor | None) -> tuple[Any, Any, int, int] | None:
+        """Both launches bound, the bytes of the carry and of the workspace (carry and hidden)."""
+        x, r = rows(input), None if residual is None else rows(residual)
+        hidden = x.new_empty((x.shape[0], self.intermediate))
+        up_plan = plan_linear(x, self.up[0], gated=self.gate[0] is not None)
+        down_plan = plan_linear(hidden, self.down[0], gated=False)
+        if INTERPRETED or not (up_plan.fuses_norm and down_plan.fuses_norm):
+            return None
+        carry, norm, summands = r, None, NO_SUMMANDS
+        if self.norm is not None:
+            carry, summands = torch.empty_like(x), Summands(add=r)
+            norm = Norm(*self.norm, carry, self.carry_normed)
+        up = linear_launch(up_plan, x, *self.up, self.gate, self.activation, norm, summands, hidden)
+        down = linear_launch(
+            down_plan, hidden, *self.down, (None, None), None, None, Summands(add=carry),
+            torch.empty_like(x),
+        )  # fmt: skip
+        size = x.element_size()
+        carry_bytes = 0 if self.norm is None else -(-x.numel() * size // 256) * 256
+        return _bind(up), _bind(down), carry_bytes, carry_bytes + hidden.numel() * size
+
+
+def _bind(call: Launch) -> Callable[..., None]:
+    """Launch once; a function of (stream, x, add, add2, carry, out) that launches again."""
+    compiled = launch(call)
+    fixed = [None if tensor is None else tensor.data_ptr() for tensor in call.tensors[5:]]
+    fixed += [*call.scalars, *call.constants]
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    width = call.grid[0]
+
+    def launch_again(stream: int, *pointers: int | None) -> None:
+        run(width, 1, 1, stream, function, metadata, None, None, None, *pointers, *fixed)
+
+    return launch_again

@@ -2,6 +2,7 @@
 
 import triton
 
+from hf_triton_mlp.kernels.decode import decode_linear_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
 from hf_triton_mlp.kernels.tiled import tiled_linear_kernel
@@ -11,6 +12,7 @@ INTERPRETED = not isinstance(norm_kernel, triton.runtime.JITFunction)
 
 __all__ = [
     "INTERPRETED",
+    "decode_linear_kernel",
     "norm_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
