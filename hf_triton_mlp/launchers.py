@@ -273,38 +273,26 @@ class DecodeMLP:
     What finding the plan, checking the tensors and looking the compiled kernels up costs the host
     is paid once for each number of rows; a call costs two allocations and two launches. It is for
     plain calls: no gradients, no tracing, tensors of the weights' dtype on their device, and
-    weights that stay where they are.
-
-    norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`.
+    weights that are where they were: their addresses are kept, not the tensors.
     """
 
-    def __init__(
-        self,
-        up: tuple[Tensor, Tensor | None],
-        gate: tuple[Tensor | None, Tensor | None],
-        down: tuple[Tensor, Tensor | None],
-        *,
-        activation: str,
-        norm: tuple[str, Tensor | None, Tensor | None, float] | None,
-        carry_normed: bool,
-    ) -> None:
-        self.up, self.gate, self.down = up, gate, down
-        self.activation, self.norm, self.carry_normed = activation, norm, carry_normed
-        self.intermediate, self.hidden = up[0].shape
-        self.device = up[0].device
-        self._bound: dict[tuple[int, bool], Any] = {}
+    def __init__(self, up: Tensor) -> None:
+        self.intermediate, self.hidden = up.shape
+        self.device, self.dtype = up.device, up.dtype
+        self._bound: dict[tuple[int, bool], Bound] = {}
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
-        """The MLP of input (…, H); with a norm, of input + residual; plus the residual.
+        """The MLP of input (…, H), with a norm of input + residual, plus the residual.
 
-        None when the call is not for the bound kernels: too many rows, tensors that are not
-        contiguous or not aligned, another current device, or a profiler that wants to see launches.
+        None when no launches are bound for such a call: another number of rows, tensors that are
+        not contiguous or not aligned, another current device, a profiler that wants to see
+        launches.
         """
         x = input.data_ptr()
         r = None if residual is None else residual.data_ptr()
-        rows = input.numel() // self.hidden
+        bound = self._bound.get((input.numel() // self.hidden, r is None))
         if (
-            not 0 < rows <= DECODE_ROWS
+            bound is None
             or (x | (r or 0)) % 16
             or not input.is_contiguous()
             or (residual is not None and not residual.is_contiguous())
@@ -313,49 +301,75 @@ class DecodeMLP:
             or runtime.launch_exit_hook.calls
         ):
             return None
-        key = rows, r is None
-        if key not in self._bound:
-            self._bound[key] = self._bind(input, residual)
-        bound = self._bound[key]
-        if bound is None:
-            return None
-        run_up, run_down, carry_bytes, work_bytes = bound
         out = torch.empty_like(input)
-        work = torch.empty(work_bytes, dtype=torch.uint8, device=self.device)
+        work = torch.empty(bound.work_bytes, dtype=torch.uint8, device=self.device)
         carry = work.data_ptr()
-        hidden = carry + carry_bytes
+        hidden = carry + bound.carry_bytes
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        if self.norm is None:
-            run_up(stream, x, None, None, None, hidden)
-            run_down(stream, hidden, r, None, None, out.data_ptr())
+        if bound.carry_bytes:
+            bound.up(stream, x, r, None, carry, hidden)
+            bound.down(stream, hidden, carry, None, None, out.data_ptr())
         else:
-            run_up(stream, x, r, None, carry, hidden)
-            run_down(stream, hidden, carry, None, None, out.data_ptr())
+            bound.up(stream, x, None, None, None, hidden)
+            bound.down(stream, hidden, r, None, None, out.data_ptr())
         return out
 
-    def _bind(self, input: Tensor, residual: Tensor | None) -> tuple[Any, Any, int, int] | None:
-        """Both launches bound, the bytes of the carry and of the workspace (carry and hidden)."""
-        x, r = rows(input), None if residual is None else rows(residual)
-        hidden = x.new_empty((x.shape[0], self.intermediate))
-        up_plan = plan_linear(x, self.up[0], gated=self.gate[0] is not None)
-        down_plan = plan_linear(hidden, self.down[0], gated=False)
-        if INTERPRETED or not (up_plan.fuses_norm and down_plan.fuses_norm):
-            return None
-        carry, norm, summands = r, None, NO_SUMMANDS
-        if self.norm is not None:
-            carry, summands = torch.empty_like(x), Summands(add=r)
-            norm = Norm(*self.norm, carry, self.carry_normed)
-        up = linear_launch(up_plan, x, *self.up, self.gate, self.activation, norm, summands, hidden)
-        down = linear_launch(
-            down_plan, hidden, *self.down, (None, None), None, None, Summands(add=carry),
-            torch.empty_like(x),
-        )  # fmt: skip
-        size = x.element_size()
-        carry_bytes = 0 if self.norm is None else -(-x.numel() * size // 256) * 256
-        return _bind(up), _bind(down), carry_bytes, carry_bytes + hidden.numel() * size
+    def bind(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        up: tuple[Tensor, Tensor | None],
+        gate: tuple[Tensor | None, Tensor | None],
+        down: tuple[Tensor, Tensor | None],
+        *,
+        activation: str,
+        norm: tuple[str, Tensor | None, Tensor | None, float] | None,
+        carry_normed: bool,
+    ) -> None:
+        """Bind the launches for calls with as many rows as these tensors have, if there are such.
+
+        norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`.
+        """
+        M = input.numel() // self.hidden
+        if not 0 < M <= DECODE_ROWS or input.data_ptr() % 16 or not input.is_contiguous():
+            return
+        x = input.view(M, self.hidden)
+        r = None if residual is None else rows(residual)
+        if r is not None and (r.data_ptr() % 16 or not r.is_contiguous()):
+            return
+        with on_device(x):
+            hidden = x.new_empty((M, self.intermediate))
+            up_plan = plan_linear(x, up[0], gated=gate[0] is not None)
+            down_plan = plan_linear(hidden, down[0], gated=False)
+            if not (up_plan.fuses_norm and down_plan.fuses_norm):
+                return
+            carry, before, summands, carry_bytes = r, None, NO_SUMMANDS, 0
+            if norm is not None:
+                carry, summands = torch.empty_like(x), Summands(add=r)
+                before = Norm(*norm, carry, carry_normed)
+                carry_bytes = -(-x.nbytes // 256) * 256
+            calls = (
+                linear_launch(up_plan, x, *up, gate, activation, before, summands, hidden),
+                linear_launch(
+                    down_plan, hidden, *down, (None, None), None, None, Summands(add=carry),
+                    torch.empty_like(x),
+                ),
+            )  # fmt: skip
+            work_bytes = carry_bytes + hidden.nbytes
+            up_again, down_again = map(bind, calls)
+            self._bound[M, r is None] = Bound(up_again, down_again, carry_bytes, work_bytes)
 
 
-def _bind(call: Launch) -> Callable[..., None]:
+class Bound(NamedTuple):
+    """Both launches of an MLP as functions, bytes of the carry and of carry and hidden together."""
+
+    up: Callable[..., None]
+    down: Callable[..., None]
+    carry_bytes: int
+    work_bytes: int
+
+
+def bind(call: Launch) -> Callable[..., None]:
     """Launch once; a function of (stream, x, add, add2, carry, out) that launches again."""
     compiled = launch(call)
     fixed = [None if tensor is None else tensor.data_ptr() for tensor in call.tensors[5:]]

@@ -5,12 +5,14 @@ import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.launchers import DecodeMLP
 from hf_triton_mlp.ops import (
     DTYPES,
     NORMS,
@@ -110,6 +112,62 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
 
 
+class BoundParts:
+    """Decode launches, and the modules whose parameters they have the addresses of."""
+
+    def __init__(
+        self, mlp: nn.Module, parts: list[nn.Module | None], norm_eps: float, launches: DecodeMLP
+    ) -> None:
+        """parts: what `mlp` calls or reads; its own parameters are looked at too."""
+        self.launches = launches
+        self.parts = parts
+        self.norm_eps = norm_eps
+        modules = [part for part in parts if part is not None]
+        self.modules = [(module, type(module)) for module in modules]
+        self.norms = [module for module in modules if hasattr(module, "eps")]
+        self.parameters = [
+            (module._parameters, name, p, p.data_ptr(), p.dtype, p.dim() > 1 and p.stride())
+            for module in (mlp, *modules)
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
+        self.absent = [
+            (module._parameters, name)
+            for module in (mlp, *modules)
+            for name, p in module._parameters.items()
+            if p is None
+        ]
+
+    def unchanged(self, parts: list[nn.Module | None]) -> bool:
+        """Whether these are the same, plain modules with their parameters where they were.
+
+        It takes the host two or three microseconds.
+        """
+        if parts != self.parts:
+            return False
+        for module, cls in self.modules:
+            state = module.__dict__
+            if (
+                type(module) is not cls
+                or state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or ("forward" in state and has_own_forward(module))
+            ):
+                return False
+        for parameters, name, p, address, dtype, strides in self.parameters:
+            if (
+                parameters.get(name) is not p
+                or p.data_ptr() != address
+                or p.dtype is not dtype
+                or (strides and p.stride() != strides)
+            ):
+                return False
+        for parameters, name in self.absent:
+            if parameters[name] is not None:
+                return False
+        return all([norm.eps == self.norm_eps for norm in self.norms])
+
+
 class TritonMLP(nn.Module):
     """An MLP with the norm in front and the residuals around it.
 
@@ -185,12 +243,21 @@ class TritonMLP(nn.Module):
         return mlp
 
     @classmethod
-    def inline(cls, config: MLPConfig) -> "TritonMLP":
-        """A TritonMLP without parameters, for a layer that passes its projections to each call."""
+    def inline(cls, config: MLPConfig, activation: nn.Module | None = None) -> "TritonMLP":
+        """A TritonMLP without parameters, for a layer that passes its projections to each call.
+
+        activation: the layer's, which the layer may check with `has_activation`.
+        """
         mlp = cls.__new__(cls)
         nn.Module.__init__(mlp)
         mlp._configure(config)
+        if activation is not None:
+            mlp._adopted = {"activation": type(activation)}
         return mlp
+
+    def has_activation(self, activation: nn.Module) -> bool:
+        """Whether this is, plain, the activation that `inline` was given."""
+        return is_plain(activation, self._adopted["activation"])
 
     @classmethod
     def adopt(cls, module: nn.Module, config: MLPConfig, *, up: str, down: str) -> None:
@@ -199,16 +266,19 @@ class TritonMLP(nn.Module):
         assert isinstance(module, TritonMLP)
         module._configure(config)
         module.projection_names = (up, None, down)
+        module._adopted = {name: type(child) for name, child in module._modules.items()}
 
     def release(self) -> None:
         """Undo `adopt`."""
         assert self.original_class is not None
-        for name in ("config", "projection_names", "_gelu_gemm", "_mlp_gemm"):
+        for name in ("config", "projection_names", "_gelu_gemm", "_mlp_gemm", "_bound", "_adopted"):
             delattr(self, name)
         change_class(self, self.original_class)
 
     def _configure(self, config: MLPConfig) -> None:
         self.config = config
+        self._bound: BoundParts | None = None
+        self._adopted: dict[str, type] = {}
         self.projection_names: tuple[str | None, ...] | None = None
         self._gelu_gemm = GELUGemmOp(activation=config.activation)
         self._mlp_gemm = MLPGemmOp(
@@ -265,6 +335,10 @@ class TritonMLP(nn.Module):
         Raises TypeError for integer or complex inputs and other dtypes than the weights', and
         ValueError for another hidden size or device than the weights'.
         """
+        if not torch.compiler.is_compiling() and residual_norm is None and bias is None:
+            output = self._decode(input, residual, norm, projections)
+            if output is not None:
+                return output
         check_floating(input)
         if input.shape[-1] != self.config.hidden_size:
             raise ValueError(
@@ -294,10 +368,19 @@ class TritonMLP(nn.Module):
                 )
             return self._call_parts(input, residual, residual_norm, bias, norm, projections)
         if normed:
-            return self._mlp_gemm(input, weights, residual, bias)
-        if residual_norm is None:
-            return self._gelu_gemm(input, weights, residual)
-        return self._gelu_gemm(residual_norm, weights, input, residual, bias)
+            output = self._mlp_gemm(input, weights, residual, bias)
+        elif residual_norm is None:
+            output = self._gelu_gemm(input, weights, residual)
+        else:
+            return self._gelu_gemm(residual_norm, weights, input, residual, bias)
+        if (
+            bias is None
+            and not torch.compiler.is_compiling()
+            and not INTERPRETED
+            and not torch.cuda.is_current_stream_capturing()
+        ):
+            self._bind(input, residual, weights, norm, projections)
+        return output
 
     def can_fuse(
         self, input: Tensor, norm: nn.Module, projections: Projections | None = None
@@ -309,8 +392,87 @@ class TritonMLP(nn.Module):
         """
         if not is_plain(self, type(self)) or not self._kernels_apply(input):
             return False
+        if not torch.compiler.is_compiling() and self._is_bound(input, norm, projections):
+            return True
         weights = self._weights(norm, projections)
         return weights is not None and not needs_grad(input, *weights)
+
+    def _is_bound(
+        self, input: Tensor, norm: nn.Module | None, projections: Projections | None
+    ) -> bool:
+        """Whether bound launches compute this: a plain GPU tensor, no gradients, no tracing."""
+        bound = self._bound
+        return (
+            bound is not None
+            and type(input) is Tensor
+            and input.dtype is bound.launches.dtype
+            and input.get_device() == bound.launches.device.index
+            and input.shape[-1] == self.config.hidden_size
+            and not torch.is_grad_enabled()
+            and not (self.training and not self.owns_weights)
+            and not torch._C._is_any_autocast_enabled()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and bound.unchanged(self._parts(norm, projections))
+        )
+
+    def _parts(
+        self, norm: nn.Module | None, projections: Projections | None
+    ) -> list[nn.Module | None]:
+        return [*self._modules.values(), norm, *(projections or ())]
+
+    def _decode(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        norm: nn.Module | None,
+        projections: Projections | None,
+    ) -> Tensor | None:
+        """The output by bound launches; None if there are none for this call.
+
+        This skips no check, it only asks whether something changed since the checks were made.
+        """
+        if not self._is_bound(input, norm, projections):
+            return None
+        assert self._bound is not None
+        if residual is not None and (
+            type(residual) is not Tensor
+            or residual.dtype is not input.dtype
+            or residual.shape != input.shape
+            or residual.get_device() != input.get_device()
+        ):
+            return None
+        return self._bound.launches(input, residual)
+
+    def _bind(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        weights: MLPWeights,
+        norm: nn.Module | None,
+        projections: Projections | None,
+    ) -> None:
+        """Bind decode launches for this number of rows to these weights, which are known to fit."""
+        config, parts = self.config, self._parts(norm, projections)
+        if self._bound is None or not self._bound.unchanged(parts):
+            self._bound = BoundParts(self, parts, config.norm_eps, DecodeMLP(weights.up))
+        before = None
+        if norm is not None or config.norm is not None:
+            kind = config.norm or "layer_norm"
+            before = kind, weights.norm_weight, weights.norm_bias, config.norm_eps
+        self._bound.launches.bind(
+            input,
+            residual,
+            (weights.up, weights.up_bias),
+            (weights.gate, weights.gate_bias),
+            (weights.down, weights.down_bias),
+            activation=config.activation,
+            norm=before,
+            carry_normed=not config.pre_norm,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles bind launches of their own."""
+        return {**self.__dict__, "_bound": None}
 
     def _kernels_apply(self, input: Tensor) -> bool:
         in_training = self.training and not self.owns_weights
@@ -332,9 +494,9 @@ class TritonMLP(nn.Module):
             if norm is not None:
                 raise ValueError("this TritonMLP has its own norm weights; `norm` is for models")
             return self._own_weights()
-        for child in self._modules.values():
-            if child is not None and not is_plain(child, type(child)):
-                return None  # hooks on an activation, say
+        for name, child in self._modules.items():
+            if child is not None and not is_plain(child, self._adopted.get(name, type(child))):
+                return None  # another activation than there was, or hooks on it, say
         up, gate, down = self._projections(projections)
         up_read, down_read = read_projection(up), read_projection(down)
         gate_read = (None, None) if gate is None else read_projection(gate)

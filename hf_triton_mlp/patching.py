@@ -377,7 +377,8 @@ def _get(layer: nn.Module, path: str) -> Any:
 def _install(swap: _Swap) -> None:
     layer, config, spec = swap.layer, swap.config, swap.spec
     if spec.mlp_class is None:
-        layer.add_module("mlp", TritonMLP.inline(config).train(layer.training))
+        mlp = TritonMLP.inline(config, _get(layer, spec.activation))
+        layer.add_module("mlp", mlp.train(layer.training))
     else:
         mlp = layer.get_submodule(spec.mlp or "")
         spec.mlp_class.adopt(mlp, config, up=spec.up, down=spec.down)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from hf_triton_mlp.mlp import TritonMLP, is_plain
+from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import MLPSpec
 
 
@@ -26,8 +26,7 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         before = self.do_layer_norm_before
         norm = self.final_layer_norm if before else self.self_attn_layer_norm
         projections = (self.fc1, None, self.fc2)
-        activation = self.activation_fn
-        if not is_plain(activation, type(activation)) or not self.mlp.can_fuse(
+        if not self.mlp.has_activation(self.activation_fn) or not self.mlp.can_fuse(
             hidden_states, norm, projections
         ):
             return super().forward(
