@@ -6,6 +6,7 @@ Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -127,10 +128,12 @@ def linear(
     norm: Norm | None = None,
     summands: Summands = NO_SUMMANDS,
     plan: Plan | None = None,
+    waited: bool = False,
 ) -> Tensor:
     """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), in one launch.
 
     With a norm that the plan's kernel does not fuse, the norm is a launch of its own.
+    waited: the launch before this one is ours, and has waited for whoever wrote the weights.
     """
     M, N = x.shape[0], weight.shape[0]
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -138,9 +141,9 @@ def linear(
         return out
     plan = plan or plan_linear(x, weight, gated=gate[0] is not None)
     if norm is not None and not plan.fuses_norm:
-        x = normalize(x, summands.add, summands.add_bias, norm)
-        norm, summands = None, NO_SUMMANDS
-    launch(linear_launch(plan, x, weight, bias, gate, activation, norm, summands, out))
+        x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
+        norm, summands, waited = None, NO_SUMMANDS, True
+    launch(linear_launch(plan, x, weight, bias, gate, activation, norm, summands, out, waited))
     return out
 
 
@@ -166,14 +169,13 @@ def linear_launch(
     norm: Norm | None,
     summands: Summands,
     out: Tensor,
+    waited: bool,
 ) -> Launch:
-    """The launch that computes `linear` into out (tokens, N).
-
-    The kernels that fuse a norm take x, add, add2, carry and out first: see `DecodeMLP`.
-    """
+    """The launch that computes `linear` into out (tokens, N); a norm has to be one it fuses."""
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
+    blocks = -(-N // plan.block_n)
     scalars = (
         M,
         N,
@@ -184,50 +186,62 @@ def linear_launch(
         *weight.stride(),
         *((0, 0) if gate_weight is None else gate_weight.stride()),
     )
-    blocks = -(-N // plan.block_n)
     options = plan.num_warps, plan.num_stages, plan.pdl
-    if not plan.fuses_norm:
-        tensors = (x, weight, bias, gate_weight, gate_bias, add, add2, add_bias, out)
-        grid = (-(-M // plan.block_m) * blocks, 1, 1)
-        constants = (activation, *plan.blocks)
-        return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
-    kind, norm_weight, norm_bias, eps, carry, carry_normed = norm or NO_NORM
-    tensors = (
-        x, add, add2, carry, out,
-        weight, bias, gate_weight, gate_bias, norm_weight, norm_bias, add_bias,
-    )  # fmt: skip
-    scalars = (*scalars, eps)
-    constants = (kind, carry_normed, activation)
-    if plan.kernel == "decode":
-        constants += (
-            weight.stride(1) == 1,
+    k_contiguous = weight.stride(1) == 1
+    if plan.kernel == "skinny":
+        kind, norm_weight, norm_bias, eps, carry, carry_normed = norm or NO_NORM
+        tensors = (
+            x, add, add2, carry, out,
+            weight, bias, gate_weight, gate_bias, norm_weight, norm_bias, add_bias,
+        )  # fmt: skip
+        constants = (
+            kind,
+            carry_normed,
+            activation,
+            # Weights are read once a step; with several rows, the later ones find them in the L2.
+            "evict_first" if M == 1 else "",
+            k_contiguous,
             *plan.blocks,
+            plan.block_k >= K,
             triton.next_power_of_2(-(-K // blocks)),
             plan.pdl,
+            waited,
         )
+        grid = (M * blocks, 1, 1)
+        return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
+    tensors = (x, add, add2, out, weight, bias, gate_weight, gate_bias, add_bias)
+    if plan.kernel == "decode":
+        constants = (activation, k_contiguous, *plan.blocks, plan.pdl)
         return Launch(decode_linear_kernel, (blocks, 1, 1), tensors, scalars, constants, *options)
-    # Weights are read once a step; with several rows, the later ones find them in the L2.
-    constants += ("evict_first" if M == 1 else "", *plan.blocks)
-    return Launch(skinny_linear_kernel, (M * blocks, 1, 1), tensors, scalars, constants, *options)
+    grid = (-(-M // plan.block_m) * blocks, 1, 1)
+    return Launch(tiled_linear_kernel, grid, tensors, scalars, (activation, *plan.blocks), *options)
 
 
-def normalize(x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm) -> Tensor:
+def normalize(
+    x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm, *, pdl: bool
+) -> Tensor:
     """norm(x + add + add_bias), which is the carry itself when the normed value is carried on."""
-    M, K = x.shape
     out = norm.carry if norm.carry_normed else torch.empty_like(norm.carry)
-    sums = None if norm.carry_normed else norm.carry
-    launch(
-        Launch(
-            norm_kernel,
-            (M, 1, 1),
-            (x, add, add_bias, norm.weight, norm.bias, sums, out),
-            (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
-            (norm.kind, min(triton.next_power_of_2(K), 4096)),
-            num_warps=4,
-            num_stages=1,
-        )
-    )
+    launch(norm_launch(x, add, add_bias, norm, out, pdl=pdl))
     return out
+
+
+def norm_launch(
+    x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm, out: Tensor, *, pdl: bool
+) -> Launch:
+    """The launch that computes `normalize` into out (tokens, K)."""
+    M, K = x.shape
+    block = min(triton.next_power_of_2(K), 8192)
+    return Launch(
+        norm_kernel,
+        (M, 1, 1),
+        (x, add, add_bias, norm.weight, norm.bias, None if out is norm.carry else norm.carry, out),
+        (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
+        (norm.kind, block, block >= K, pdl),
+        num_warps=4 if block <= 2048 else 8,
+        num_stages=1,
+        pdl=pdl,
+    )
 
 
 def residual_add(
@@ -268,18 +282,18 @@ def residual_add(
 
 
 class DecodeMLP:
-    """An MLP for a few rows as two launches with everything bound but the caller's tensors.
+    """An MLP for a few rows as launches with everything bound but the addresses of the rows.
 
     What finding the plan, checking the tensors and looking the compiled kernels up costs the host
-    is paid once for each number of rows; a call costs two allocations and two launches. It is for
-    plain calls: no gradients, no tracing, tensors of the weights' dtype on their device, and
-    weights that are where they were: their addresses are kept, not the tensors.
+    is paid once for each number of rows; a call costs two allocations and two or three launches.
+    It is for plain calls: no gradients, no tracing, tensors of the weights' dtype on their device,
+    and weights that are where they were: their addresses are kept, not the tensors.
     """
 
     def __init__(self, up: Tensor) -> None:
         self.intermediate, self.hidden = up.shape
         self.device, self.dtype = up.device, up.dtype
-        self._bound: dict[tuple[int, bool], Bound] = {}
+        self._bound: dict[tuple[int, bool], tuple[Callable[..., None], ...]] = {}
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """The MLP of input (…, H), with a norm of input + residual, plus the residual.
@@ -290,7 +304,8 @@ class DecodeMLP:
         """
         x = input.data_ptr()
         r = None if residual is None else residual.data_ptr()
-        bound = self._bound.get((input.numel() // self.hidden, r is None))
+        M = input.numel() // self.hidden
+        bound = self._bound.get((M, r is None))
         if (
             bound is None
             or (x | (r or 0)) % 16
@@ -302,17 +317,19 @@ class DecodeMLP:
         ):
             return None
         out = torch.empty_like(input)
-        work = torch.empty(bound.work_bytes, dtype=torch.uint8, device=self.device)
+        row_bytes, hidden_bytes = self._work_bytes(M)
+        work = torch.empty(2 * row_bytes + hidden_bytes, dtype=torch.uint8, device=self.device)
         carry = work.data_ptr()
-        hidden = carry + bound.carry_bytes
+        addresses = (x, r, carry, carry + row_bytes, carry + 2 * row_bytes, out.data_ptr())
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        if bound.carry_bytes:
-            bound.up(stream, x, r, None, carry, hidden)
-            bound.down(stream, hidden, carry, None, None, out.data_ptr())
-        else:
-            bound.up(stream, x, None, None, None, hidden)
-            bound.down(stream, hidden, r, None, None, out.data_ptr())
+        for launch_again in bound:
+            launch_again(stream, addresses)
         return out
+
+    def _work_bytes(self, M: int) -> tuple[int, int]:
+        """Bytes of M rows of the hidden and the intermediate size, whole lines."""
+        size = M * self.dtype.itemsize
+        return -(-size * self.hidden // 128) * 128, size * self.intermediate
 
     def bind(
         self,
@@ -326,58 +343,64 @@ class DecodeMLP:
         norm: tuple[str, Tensor | None, Tensor | None, float] | None,
         carry_normed: bool,
     ) -> None:
-        """Bind the launches for calls with as many rows as these tensors have, if there are such.
+        """Bind the launches for calls with as many rows as these tensors have, if few.
 
         norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`.
         """
         M = input.numel() // self.hidden
-        if not 0 < M <= DECODE_ROWS or input.data_ptr() % 16 or not input.is_contiguous():
+        for tensor in (input, residual):
+            if tensor is not None and (tensor.data_ptr() % 16 or not tensor.is_contiguous()):
+                return
+        if not 0 < M <= DECODE_ROWS:
             return
         x = input.view(M, self.hidden)
-        r = None if residual is None else rows(residual)
-        if r is not None and (r.data_ptr() % 16 or not r.is_contiguous()):
-            return
+        r = None if residual is None else residual.view(M, self.hidden)
         with on_device(x):
+            carry, normed, out = (torch.empty_like(x) for _ in range(3))
             hidden = x.new_empty((M, self.intermediate))
             up_plan = plan_linear(x, up[0], gated=gate[0] is not None)
             down_plan = plan_linear(hidden, down[0], gated=False)
-            if not (up_plan.fuses_norm and down_plan.fuses_norm):
-                return
-            carry, before, summands, carry_bytes = r, None, NO_SUMMANDS, 0
+            calls: list[Launch] = []
+            before, source, summands, carried = None, x, NO_SUMMANDS, r
             if norm is not None:
-                carry, summands = torch.empty_like(x), Summands(add=r)
-                before = Norm(*norm, carry, carry_normed)
-                carry_bytes = -(-x.nbytes // 256) * 256
-            calls = (
-                linear_launch(up_plan, x, *up, gate, activation, before, summands, hidden),
+                before, summands, carried = Norm(*norm, carry, carry_normed), Summands(r), carry
+                if not up_plan.fuses_norm:
+                    source = carry if carry_normed else normed
+                    calls.append(norm_launch(x, r, None, before, source, pdl=up_plan.pdl))
+                    before, summands = None, NO_SUMMANDS
+            calls.append(
                 linear_launch(
-                    down_plan, hidden, *down, (None, None), None, None, Summands(add=carry),
-                    torch.empty_like(x),
-                ),
-            )  # fmt: skip
-            work_bytes = carry_bytes + hidden.nbytes
-            up_again, down_again = map(bind, calls)
-            self._bound[M, r is None] = Bound(up_again, down_again, carry_bytes, work_bytes)
+                    up_plan, source, *up, gate, activation, before, summands, hidden, bool(calls)
+                )
+            )
+            none = (None, None)
+            calls.append(
+                linear_launch(
+                    down_plan, hidden, *down, none, None, None, Summands(carried), out, True
+                )
+            )
+            moving = (x, r, carry, normed, hidden, out)
+            self._bound[M, r is None] = tuple([bind(call, moving) for call in calls])
 
 
-class Bound(NamedTuple):
-    """Both launches of an MLP as functions, bytes of the carry and of carry and hidden together."""
-
-    up: Callable[..., None]
-    down: Callable[..., None]
-    carry_bytes: int
-    work_bytes: int
-
-
-def bind(call: Launch) -> Callable[..., None]:
-    """Launch once; a function of (stream, x, add, add2, carry, out) that launches again."""
+def bind(call: Launch, moving: tuple[Tensor | None, ...]) -> Callable[..., None]:
+    """Launch once; a function of (stream, addresses of the moving tensors) that launches again."""
     compiled = launch(call)
-    fixed = [None if tensor is None else tensor.data_ptr() for tensor in call.tensors[5:]]
-    fixed += [*call.scalars, *call.constants]
+    places = {id(tensor): i for i, tensor in enumerate(moving) if tensor is not None}
+    fixed: list[object] = []
+    order: list[int] = []
+    for argument in (*call.tensors, *call.scalars, *call.constants):
+        if id(argument) in places:
+            order.append(places[id(argument)])
+        else:
+            order.append(len(moving) + len(fixed))
+            fixed.append(argument.data_ptr() if isinstance(argument, Tensor) else argument)
+    in_order = itemgetter(*order)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    width = call.grid[0]
+    grid = call.grid
 
-    def launch_again(stream: int, *pointers: int | None) -> None:
-        run(width, 1, 1, stream, function, metadata, None, None, None, *pointers, *fixed)
+    def launch_again(stream: int, addresses: tuple[int | None, ...]) -> None:
+        arguments = in_order((*addresses, *fixed))
+        run(*grid, stream, function, metadata, None, None, None, *arguments)
 
     return launch_again

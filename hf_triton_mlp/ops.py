@@ -249,7 +249,7 @@ def _mlp_gemm(
             ),
             summands=Summands(add=None if residual is None else rows(residual), add_bias=bias),
         )
-        out = linear(hidden, down, down_bias, summands=Summands(add=carry))
+        out = linear(hidden, down, down_bias, summands=Summands(add=carry), waited=True)
     return out.view(input.shape)
 
 
@@ -276,7 +276,7 @@ def _gelu_gemm(
             add2=None if add2 is None else rows(add2),
             add_bias=add_bias,
         )
-        out = linear(hidden, down, down_bias, summands=summands)
+        out = linear(hidden, down, down_bias, summands=summands, waited=True)
     return out.view(input.shape)
 
 
@@ -358,7 +358,7 @@ class MLPGemmOp:
     """Residual add + norm + GEMM + bias + activation [* gate] + GEMM + bias + residual.
 
     s = input + bias + residual; u = norm(s); act(u·upᵀ + up_bias)·downᵀ + down_bias + carry, where
-    carry is s with `pre_norm` and u without. Two kernels for few tokens, three for many.
+    carry is s with `pre_norm` and u without. Two kernels for one token, three for more.
     """
 
     def __init__(

@@ -24,10 +24,10 @@ PDL_CAPABILITY = (9, 0)
 class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
-    kernel: "decode" (16-bit, up to 16 rows), "skinny" (float32, few rows) or "tiled".
+    kernel: "skinny" (one row; float32, up to four), "decode" (16-bit, up to 16 rows) or "tiled".
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
-    `slices` such depths side by side and first asks the L2 for `lines` lines of each weight row.
-    pdl: whether it is launched while its predecessor runs.
+    `slices` such depths side by side. pdl: whether it is launched while its predecessor runs;
+    until that has ended it asks the L2 for `lines` lines of each weight row.
     """
 
     kernel: str
@@ -38,19 +38,19 @@ class Plan:
     block_m: int = 1
     group_m: int = 1
     slices: int = 1
-    lines: int = 1
+    lines: int = 0
     pdl: bool = False
 
     @property
     def fuses_norm(self) -> bool:
         """Whether the kernel computes the norm in front of the linear layer too."""
-        return self.kernel in ("decode", "skinny")
+        return self.kernel == "skinny"
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """The block sizes as the kernel takes them."""
         if self.kernel == "skinny":
-            return self.block_n, self.block_k
+            return self.block_n, self.block_k, self.lines
         if self.kernel == "decode":
             return (
                 self.block_m,
@@ -95,14 +95,10 @@ def choose(
     Raises RuntimeError when the GPU's `capability` (major, minor) is below 8.0.
     """
     check_capability(capability)
+    if M == 1 or (M <= SKINNY_ROWS and dtype == torch.float32):
+        return _choose_skinny(N, K, capability, k_contiguous=k_contiguous, gated=gated)
     if M <= DECODE_ROWS and dtype != torch.float32:
         return _choose_decode(M, N, K, capability, k_contiguous=k_contiguous, gated=gated)
-    if M <= SKINNY_ROWS:
-        if not k_contiguous:
-            return Plan(kernel="skinny", block_n=16, block_k=256, num_warps=8, num_stages=1)
-        block_n = 4 if N <= 8192 else 8
-        block_k = 1024 if K > 512 else 512
-        return Plan(kernel="skinny", block_n=block_n, block_k=block_k, num_warps=4, num_stages=1)
     if M <= 16:
         return Plan(kernel="tiled", block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=3)
     if M <= 64 or dtype == torch.float32:
@@ -127,6 +123,21 @@ def choose(
     )
 
 
+def _choose_skinny(
+    N: int, K: int, capability: tuple[int, int], *, k_contiguous: bool, gated: bool
+) -> Plan:
+    """Enough programs to keep every multiprocessor reading, enough loads in flight in each."""
+    pdl = capability >= PDL_CAPABILITY
+    if not k_contiguous:
+        # 16 columns of 2 bytes are one 32-byte sector of DRAM.
+        return Plan(kernel="skinny", block_n=16, block_k=256, num_warps=8, num_stages=1, pdl=pdl)
+    block_k = min(triton.next_power_of_2(K), 1024 if N > K else 2048)
+    block_n = 4 if N > 2048 and not gated else 2
+    return Plan(
+        kernel="skinny", block_n=block_n, block_k=block_k, num_warps=4, num_stages=1, pdl=pdl
+    )
+
+
 def _choose_decode(
     M: int, N: int, K: int, capability: tuple[int, int], *, k_contiguous: bool, gated: bool
 ) -> Plan:
@@ -145,8 +156,6 @@ def _choose_decode(
         block_k=64,
         slices=4,
         num_warps=4,
-        num_stages=4 if rows < 16 and not gated else 3,
-        # Ask for 32 KiB of each program's weights, as many whole rows as there are.
-        lines=max(1, min(256 // block_n, triton.next_power_of_2(-(-K // 64)))),
+        num_stages=4,
         pdl=capability >= PDL_CAPABILITY,
     )

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -16,11 +17,23 @@ def load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask):
 
 
 @triton.jit
-def row_statistics(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(mean, 1 / sqrt(variance + eps)) of one row s = x + add + add_bias of K values.
+def statistics_of_values(s, mask, K, eps, NORM: tl.constexpr):
+    """(mean, 1 / sqrt(variance + eps)) of the K values of s where mask; 0 elsewhere.
 
     NORM "layer_norm": two passes, so that the variance does not cancel. "rms_norm": mean is 0.
     """
+    mean = 0.0
+    if NORM == "layer_norm":
+        mean = tl.sum(s, axis=0) / K
+    centred = tl.where(mask, s - mean, 0.0)
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=0) / K + eps))
+
+
+@triton.jit
+def statistics_of_row(
+    x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """statistics_of_values of one row s = x + add + add_bias of any number K of values."""
     mean = 0.0
     if NORM == "layer_norm":
         total = tl.zeros((BLOCK_K,), tl.float32)
@@ -63,25 +76,41 @@ def norm_kernel(
     eps,
     NORM: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """s = x + add + add_bias; out = norm(s); the sum is stored too where sum_ptr is given.
 
     x, add: (M, K), row strides stride_x, stride_add; sum, out: (M, K), contiguous.
-    One program a row.
+    One program a row. ONE_BLOCK: K <= BLOCK_K, so that the row is read once. PDL: the program may
+    start while its predecessor runs.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
     if add_ptr is not None:
         add_ptr += row * stride_add
-    mean, rstd = row_statistics(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
-    for k in range(0, K, BLOCK_K):
-        offs = k + tl.arange(0, BLOCK_K)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if ONE_BLOCK:
+        offs = tl.arange(0, BLOCK_K)
         mask = offs < K
         s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
         if sum_ptr is not None:
             tl.store(sum_ptr + row * K + offs, s.to(sum_ptr.dtype.element_ty), mask=mask)
+        mean, rstd = statistics_of_values(s, mask, K, eps, NORM)
         u = normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask)
         tl.store(out_ptr + row * K + offs, u.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
+        for k in range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < K
+            s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
+            if sum_ptr is not None:
+                tl.store(sum_ptr + row * K + offs_k, s_k.to(sum_ptr.dtype.element_ty), mask=mask_k)
+            u_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k)
+            tl.store(out_ptr + row * K + offs_k, u_k.to(out_ptr.dtype.element_ty), mask=mask_k)
 
 
 @triton.jit

@@ -1,10 +1,23 @@
-"""Linear layers for a few rows: the weights stream through registers once, products by FMA."""
+"""Linear layers for very few rows: the weights stream through registers once, products by FMA."""
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import activate
-from hf_triton_mlp.kernels.norm import load_sum, normalize, row_statistics
+from hf_triton_mlp.kernels.norm import load_sum, normalize, statistics_of_row, statistics_of_values
+from hf_triton_mlp.kernels.prefetch import prefetch_weights
+
+
+@triton.jit
+def load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT: tl.constexpr):
+    """(BLOCK_N, BLOCK_K) weights of rows w_rows."""
+    return tl.load(
+        w_rows[:, None] + offs_k.to(tl.int64)[None, :] * stride_wk,
+        mask=mask_n[:, None] & (offs_k < K)[None, :],
+        other=0.0,
+        eviction_policy=EVICT,
+    )
 
 
 @triton.jit
@@ -36,8 +49,14 @@ def skinny_linear_kernel(
     CARRY_NORMED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVICT: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LINES: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    CARRY_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+    WAITED: tl.constexpr,
 ):
     """Without NORM: out = act(x · Wᵀ + b) [∘ gate] + add + add2 + add_bias.
     With NORM: s = x + add + add_bias; u = norm(s); out = act(u · Wᵀ + b) [∘ gate];
@@ -47,71 +66,125 @@ def skinny_linear_kernel(
     carry: (M, K) and out: (M, N), contiguous. Gated: out = act(gate) * up. A pointer may be None.
     One program computes BLOCK_N outputs of one row; the programs of one block of W lie next to
     each other in launch order, so that rows after the first find it in the L2.
+
+    ONE_BLOCK: K <= BLOCK_K, so that a row is in registers as a whole. PDL: the program may start
+    while its predecessor runs. Before gdc_wait it warms the L2 up or, if that predecessor has
+    itself WAITED for whoever may have written the weights, loads its first weights.
     """
     pid = tl.program_id(0)
     row = (pid % M).to(tl.int64)
     pid_n = pid // M
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    w_rows = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
+    offs_k = tl.arange(0, BLOCK_K)
+    w_rows = w_ptr + offs_n.to(tl.int64) * stride_wn
     x_ptr += row * stride_x
     if add_ptr is not None:
         add_ptr += row * stride_add
     if add2_ptr is not None:
         add2_ptr += row * stride_add2
 
+    if PDL:
+        if WAITED:
+            w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
+            gdc_wait()
+        else:
+            if LINES > 0:
+                first_n = pid_n * BLOCK_N
+                prefetch_weights(
+                    w_ptr, first_n, N, K, stride_wn, stride_wk, K_CONTIGUOUS, BLOCK_N, LINES
+                )
+                if gate_w_ptr is not None:
+                    prefetch_weights(
+                        gate_w_ptr,
+                        first_n,
+                        N,
+                        K,
+                        stride_gn,
+                        stride_gk,
+                        K_CONTIGUOUS,
+                        BLOCK_N,
+                        LINES,
+                    )
+            gdc_wait()
+            w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
+        gdc_launch_dependents()
+    else:
+        w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
+    if gate_w_ptr is not None:
+        g_rows = gate_w_ptr + offs_n.to(tl.int64) * stride_gn
+        g = load_weights(g_rows, offs_k, stride_gk, mask_n, K, EVICT)
+
+    # What the epilogue adds is asked for now, so that it is there in time.
+    b = tl.zeros((BLOCK_N,), tl.float32)
+    if b_ptr is not None:
+        b += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    gate_b = tl.zeros((BLOCK_N,), tl.float32)
+    if gate_b_ptr is not None:
+        gate_b += tl.load(gate_b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    summand = tl.zeros((BLOCK_N,), tl.float32)
+    if NORM is None:
+        if add_ptr is not None:
+            summand += tl.load(add_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if add2_ptr is not None:
+            summand += tl.load(add2_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        if add_bias_ptr is not None:
+            summand += tl.load(add_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+
     mean = 0.0
     rstd = 1.0
-    if NORM is not None:
-        mean, rstd = row_statistics(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
-
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    gate_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
         mask_k = offs_k < K
-        mask = mask_n[:, None] & mask_k[None, :]
-        w_cols = offs_k.to(tl.int64)[None, :]
-        w = tl.load(w_rows + w_cols * stride_wk, mask=mask, other=0.0, eviction_policy=EVICT)
         if NORM is not None:
             s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
+            mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
             x = normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k)
-            if carry_ptr is not None:
-                if pid_n == 0:
-                    carry = x if CARRY_NORMED else s
-                    tl.store(
-                        carry_ptr + row * K + offs_k,
-                        carry.to(carry_ptr.dtype.element_ty),
-                        mask=mask_k,
-                    )
             x = tl.where(mask_k, x, 0.0)
         else:
             x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
+        y = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
         if gate_w_ptr is not None:
-            g = tl.load(
-                gate_w_ptr + offs_n.to(tl.int64)[:, None] * stride_gn + w_cols * stride_gk,
-                mask=mask,
-                other=0.0,
-                eviction_policy=EVICT,
-            )
-            gate_acc += g.to(tl.float32) * x[None, :]
+            gate = tl.sum(g.to(tl.float32) * x[None, :], axis=1)
+    else:
+        if NORM is not None:
+            mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
+        acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        gate_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            offs = k + offs_k
+            mask = offs < K
+            # The next weights are on their way while these are multiplied.
+            next_w = load_weights(w_rows, offs + BLOCK_K, stride_wk, mask_n, K, EVICT)
+            if NORM is not None:
+                s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
+                x_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask)
+                x_k = tl.where(mask, x_k, 0.0)
+            else:
+                x_k = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32) * x_k[None, :]
+            w = next_w
+            if gate_w_ptr is not None:
+                next_g = load_weights(g_rows, offs + BLOCK_K, stride_gk, mask_n, K, EVICT)
+                gate_acc += g.to(tl.float32) * x_k[None, :]
+                g = next_g
+        y = tl.sum(acc, axis=1)
+        if gate_w_ptr is not None:
+            gate = tl.sum(gate_acc, axis=1)
 
-    y = tl.sum(acc, axis=1)
-    if b_ptr is not None:
-        y += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    if NORM is not None:
+        # Every program writes a few columns of the carry; CARRY_BLOCK is K over programs.
+        offs_c = pid_n * CARRY_BLOCK + tl.arange(0, CARRY_BLOCK)
+        mask_c = offs_c < K
+        carry = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_c, mask_c)
+        if CARRY_NORMED:
+            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
+        carry_row = carry_ptr + row * K
+        tl.store(carry_row + offs_c, carry.to(carry_ptr.dtype.element_ty), mask=mask_c)
+
+    y += b
     if gate_w_ptr is not None:
-        gate = tl.sum(gate_acc, axis=1)
-        if gate_b_ptr is not None:
-            gate += tl.load(gate_b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        y = activate(gate, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
+        y = activate(gate + gate_b, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
     else:
         y = activate(y, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
-    if NORM is None:
-        if add_ptr is not None:
-            y += tl.load(add_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if add2_ptr is not None:
-            y += tl.load(add2_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if add_bias_ptr is not None:
-            y += tl.load(add_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    y += summand
     tl.store(out_ptr + row * N + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask_n)

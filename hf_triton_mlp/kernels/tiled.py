@@ -9,14 +9,14 @@ from hf_triton_mlp.kernels.activations import INTERPRETED, activate
 @triton.jit
 def tiled_linear_kernel(
     x_ptr,
+    add_ptr,
+    add2_ptr,
+    out_ptr,
     w_ptr,
     b_ptr,
     gate_w_ptr,
     gate_b_ptr,
-    add_ptr,
-    add2_ptr,
     add_bias_ptr,
-    out_ptr,
     M,
     N,
     K,
