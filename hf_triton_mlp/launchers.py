@@ -10,24 +10,32 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.knobs import runtime
 
+from hf_triton_mlp import tuning
 from hf_triton_mlp.kernels import (
     INTERPRETED,
+    activation_kernel,
+    combine_splits_kernel,
     decode_linear_kernel,
     norm_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
     tiled_linear_kernel,
 )
-from hf_triton_mlp.tuning import DECODE_ROWS, Plan, choose
+from hf_triton_mlp.tuning import DECODE_ROWS, Linear, Plan
 
 
 @lru_cache
-def capability(device_index: int | None) -> tuple[int, int]:
-    return (8, 0) if INTERPRETED else torch.cuda.get_device_capability(device_index)
+def gpu(device_index: int | None) -> tuple[str, tuple[int, int]]:
+    """Name and compute capability."""
+    if INTERPRETED:
+        return "", (8, 0)
+    properties = torch.cuda.get_device_properties(device_index)
+    return properties.name, (properties.major, properties.minor)
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
@@ -43,8 +51,28 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+class MLPWeights(NamedTuple):
+    """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
+
+    With a gate, the hidden activation is act(x·gateᵀ + gate_bias) * (x·upᵀ + up_bias).
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+
+
 class Norm(NamedTuple):
-    """A norm in front of a linear layer, and the residual that it hands on through `carry`."""
+    """A norm in front of a linear layer, and the residual that it hands on through `carry`.
+
+    carry = norm(s) if carry_normed else s, where s enters the norm. A kernel that fuses the norm
+    does not add carry_bias to it, the norm's own does.
+    """
 
     kind: str
     weight: Tensor | None
@@ -52,6 +80,7 @@ class Norm(NamedTuple):
     eps: float
     carry: Tensor
     carry_normed: bool
+    carry_bias: Tensor | None = None
 
 
 class Summands(NamedTuple):
@@ -63,7 +92,7 @@ class Summands(NamedTuple):
 
 
 NO_SUMMANDS = Summands()
-NO_NORM = (None, None, None, 0.0, None, False)
+NO_NORM = (None, None, None, 0.0, None, False, None)
 
 #: Compiled kernels by everything that Triton specialises on, and the values themselves: finding
 #: one here costs the host a few microseconds, a launch through `kernel[grid](...)` about 25.
@@ -130,33 +159,106 @@ def linear(
     plan: Plan | None = None,
     waited: bool = False,
 ) -> Tensor:
-    """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), in one launch.
+    """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), contiguous.
 
-    With a norm that the plan's kernel does not fuse, the norm is a launch of its own.
+    One launch, or one more for a norm that the plan's kernel does not fuse, and one more when K
+    is split.
     waited: the launch before this one is ours, and has waited for whoever wrote the weights.
     """
     M, N = x.shape[0], weight.shape[0]
-    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if M == 0:
-        return out
-    plan = plan or plan_linear(x, weight, gated=gate[0] is not None)
+        return x.new_empty((0, N))
+    plan = plan or plan_linear(M, weight, gated=gate[0] is not None)
     if norm is not None and not plan.fuses_norm:
         x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
         norm, summands, waited = None, NO_SUMMANDS, True
-    launch(linear_launch(plan, x, weight, bias, gate, activation, norm, summands, out, waited))
+    if plan.kernel == "library":
+        return library_linear(x, weight, bias, gate, activation, summands)
+    out = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    if plan.splits == 1:
+        launch(linear_launch(plan, x, weight, bias, gate, activation, norm, summands, out, waited))
+        return out
+    products = plan.splits if gate[0] is None else 2 * plan.splits
+    parts = torch.empty((products, M, N), dtype=torch.float32, device=x.device)
+    launch(linear_launch(plan, x, weight, None, gate, None, None, NO_SUMMANDS, parts, waited))
+    launch(combine_launch(plan, parts, bias, gate, activation, summands, out))
     return out
 
 
-def plan_linear(x: Tensor, weight: Tensor, *, gated: bool) -> Plan:
-    """How rows x (tokens, K) times weight (N, K) runs on x's device."""
-    return choose(
-        x.shape[0],
-        *weight.shape,
-        x.dtype,
-        capability(x.device.index),
-        k_contiguous=weight.stride(1) == 1,
-        gated=gated,
+def normed_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    weights: MLPWeights,
+    *,
+    activation: str,
+    norm: str,
+    norm_eps: float,
+    pre_norm: bool,
+    plans: tuple[Plan | None, Plan | None] = (None, None),
+) -> Tensor:
+    """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H)."""
+    w = weights
+    up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None)
+    down_plan = plans[1] or plan_linear(x.shape[0], w.down)
+    # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
+    in_place = down_plan.kernel == "library" and not up_plan.fuses_norm
+    carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    before = Norm(
+        kind=norm,
+        weight=w.norm_weight,
+        bias=w.norm_bias,
+        eps=norm_eps,
+        carry=carry,
+        carry_normed=not pre_norm,
+        carry_bias=w.down_bias if in_place else None,
     )
+    hidden = linear(
+        x,
+        w.up,
+        w.up_bias,
+        gate=(w.gate, w.gate_bias),
+        activation=activation,
+        norm=before,
+        summands=Summands(add=residual, add_bias=bias),
+        plan=up_plan,
+    )
+    if in_place:
+        # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.
+        return carry.addmm_(hidden, w.down.t())
+    return linear(
+        hidden, w.down, w.down_bias, summands=Summands(carry), plan=down_plan, waited=True
+    )
+
+
+def library_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
+    summands: Summands,
+) -> Tensor:
+    """`linear` by cuBLAS, with what it cannot fuse in a kernel of ours."""
+    tanh_gelu = activation in ("gelu_new", "gelu_pytorch_tanh")
+    fused = tanh_gelu or activation == "relu"
+    if fused and gate[0] is None and bias is not None and x.dtype != torch.float32:
+        out = torch._addmm_activation(bias, x, weight.t(), use_gelu=tanh_gelu)
+    else:
+        out = F.linear(x, weight, bias)
+        gates = None if gate[0] is None else F.linear(x, *gate)
+        if activation is not None:
+            launch(activation_launch(out, gates, activation))
+    if summands != NO_SUMMANDS:
+        add, add2, add_bias = summands
+        out = residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
+    return out
+
+
+def plan_linear(M: int, weight: Tensor, *, gated: bool = False) -> Plan:
+    """How M rows times weight (N, K) run on its device."""
+    linear = Linear(M, *weight.shape, weight.dtype, weight.stride(1) == 1, gated)
+    return tuning.plan(linear, *gpu(weight.device.index))
 
 
 def linear_launch(
@@ -171,7 +273,10 @@ def linear_launch(
     out: Tensor,
     waited: bool,
 ) -> Launch:
-    """The launch that computes `linear` into out (tokens, N); a norm has to be one it fuses."""
+    """The launch that computes `linear` into out (tokens, N); a norm has to be one it fuses.
+
+    With splits, bias, activation and summands are `combine_launch`'s, and out is its parts.
+    """
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
@@ -189,7 +294,7 @@ def linear_launch(
     options = plan.num_warps, plan.num_stages, plan.pdl
     k_contiguous = weight.stride(1) == 1
     if plan.kernel == "skinny":
-        kind, norm_weight, norm_bias, eps, carry, carry_normed = norm or NO_NORM
+        kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
         tensors = (
             x, add, add2, carry, out,
             weight, bias, gate_weight, gate_bias, norm_weight, norm_bias, add_bias,
@@ -201,7 +306,9 @@ def linear_launch(
             # Weights are read once a step; with several rows, the later ones find them in the L2.
             "evict_first" if M == 1 else "",
             k_contiguous,
-            *plan.blocks,
+            plan.block_n,
+            plan.block_k,
+            plan.lines,
             plan.block_k >= K,
             triton.next_power_of_2(-(-K // blocks)),
             plan.pdl,
@@ -211,17 +318,81 @@ def linear_launch(
         return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
     tensors = (x, add, add2, out, weight, bias, gate_weight, gate_bias, add_bias)
     if plan.kernel == "decode":
-        constants = (activation, k_contiguous, *plan.blocks, plan.pdl)
+        constants = (
+            activation,
+            k_contiguous,
+            plan.block_m,
+            plan.block_n,
+            plan.block_k,
+            plan.slices,
+            plan.num_stages,
+            plan.lines,
+            plan.pdl,
+        )
         return Launch(decode_linear_kernel, (blocks, 1, 1), tensors, scalars, constants, *options)
-    grid = (-(-M // plan.block_m) * blocks, 1, 1)
-    return Launch(tiled_linear_kernel, grid, tensors, scalars, (activation, *plan.blocks), *options)
+    depth = plan.splits * plan.block_k
+    constants = (
+        activation,
+        plan.block_m,
+        plan.block_n,
+        plan.block_k,
+        plan.group_m,
+        plan.splits,
+        plan.lines,
+        K % depth == 0,
+        k_contiguous,
+        plan.pdl,
+    )
+    grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
+    return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
+
+
+def combine_launch(
+    plan: Plan,
+    parts: Tensor,
+    bias: Tensor | None,
+    gate: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
+    summands: Summands,
+    out: Tensor,
+) -> Launch:
+    """The launch that adds the parts of split products (float32) and finishes `linear`."""
+    M, N = out.shape
+    add, add2, add_bias = summands
+    block = min(triton.next_power_of_2(N), 512)
+    return Launch(
+        combine_splits_kernel,
+        (M, -(-N // block), 1),
+        (parts, add, add2, out, bias, gate[1], add_bias),
+        (M, N, 0 if add is None else add.stride(0), 0 if add2 is None else add2.stride(0)),
+        (activation, gate[0] is not None, plan.splits, block, plan.pdl),
+        num_warps=4,
+        num_stages=1,
+        pdl=plan.pdl,
+    )
+
+
+def activation_launch(up: Tensor, gate: Tensor | None, activation: str) -> Launch:
+    """The launch that computes act(up), or act(gate) * up, in place of up; (M, N), contiguous."""
+    M, N = up.shape
+    block = min(triton.next_power_of_2(N), 1024)
+    return Launch(
+        activation_kernel,
+        (M, -(-N // block), 1),
+        (up, gate),
+        (N,),
+        (activation, block),
+        num_warps=4,
+        num_stages=1,
+    )
 
 
 def normalize(
     x: Tensor, add: Tensor | None, add_bias: Tensor | None, norm: Norm, *, pdl: bool
 ) -> Tensor:
-    """norm(x + add + add_bias), which is the carry itself when the normed value is carried on."""
-    out = norm.carry if norm.carry_normed else torch.empty_like(norm.carry)
+    """norm(x + add + add_bias), which is the carry itself where both are the same."""
+    same = norm.carry_normed and norm.carry_bias is None
+    out = norm.carry if same else torch.empty_like(norm.carry)
     launch(norm_launch(x, add, add_bias, norm, out, pdl=pdl))
     return out
 
@@ -231,13 +402,14 @@ def norm_launch(
 ) -> Launch:
     """The launch that computes `normalize` into out (tokens, K)."""
     M, K = x.shape
+    carry = None if out is norm.carry else norm.carry
     block = min(triton.next_power_of_2(K), 8192)
     return Launch(
         norm_kernel,
         (M, 1, 1),
-        (x, add, add_bias, norm.weight, norm.bias, None if out is norm.carry else norm.carry, out),
+        (x, add, add_bias, norm.weight, norm.bias, norm.carry_bias, carry, out),
         (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
-        (norm.kind, block, block >= K, pdl),
+        (norm.kind, norm.carry_normed, block, block >= K, pdl),
         num_warps=4 if block <= 2048 else 8,
         num_stages=1,
         pdl=pdl,
@@ -358,8 +530,10 @@ class DecodeMLP:
         with on_device(x):
             carry, normed, out = (torch.empty_like(x) for _ in range(3))
             hidden = x.new_empty((M, self.intermediate))
-            up_plan = plan_linear(x, up[0], gated=gate[0] is not None)
-            down_plan = plan_linear(hidden, down[0], gated=False)
+            up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
+            down_plan = plan_linear(M, down[0])
+            if any(plan.kernel == "library" or plan.splits > 1 for plan in (up_plan, down_plan)):
+                return
             calls: list[Launch] = []
             before, source, summands, carried = None, x, NO_SUMMANDS, r
             if norm is not None:

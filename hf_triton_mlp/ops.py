@@ -8,7 +8,6 @@ Weights are (out, in) with any strides, so that a Conv1D weight enters as `weigh
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,26 +16,10 @@ from torch import Tensor
 from hf_triton_mlp import launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.launchers import Norm, Summands, linear, on_device, rows
+from hf_triton_mlp.launchers import MLPWeights, Summands, linear, on_device, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = ("layer_norm", "rms_norm")
-
-
-class MLPWeights(NamedTuple):
-    """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
-
-    With a gate, the hidden activation is act(x·gateᵀ + gate_bias) * (x·upᵀ + up_bias).
-    """
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    gate: Tensor | None = None
-    gate_bias: Tensor | None = None
-    norm_weight: Tensor | None = None
-    norm_bias: Tensor | None = None
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
@@ -226,30 +209,21 @@ def _mlp_gemm(
     norm_eps: float,
     pre_norm: bool,
 ) -> Tensor:
+    weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias)
     if not kernels_apply(input):
-        weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias)
         op = MLPGemmOp(activation=activation, norm=norm, norm_eps=norm_eps, pre_norm=pre_norm)
         return op.compose(input, weights, residual, bias)
-    x = rows(input)
     with on_device(input):
-        carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        hidden = linear(
-            x,
-            up,
-            up_bias,
-            gate=(gate, gate_bias),
+        out = launchers.normed_mlp(
+            rows(input),
+            None if residual is None else rows(residual),
+            bias,
+            weights,
             activation=activation,
-            norm=Norm(
-                kind=norm,
-                weight=norm_weight,
-                bias=norm_bias,
-                eps=norm_eps,
-                carry=carry,
-                carry_normed=not pre_norm,
-            ),
-            summands=Summands(add=None if residual is None else rows(residual), add_bias=bias),
+            norm=norm,
+            norm_eps=norm_eps,
+            pre_norm=pre_norm,
         )
-        out = linear(hidden, down, down_bias, summands=Summands(add=carry), waited=True)
     return out.view(input.shape)
 
 

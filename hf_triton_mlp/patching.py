@@ -21,6 +21,7 @@ from transformers.activations import (
 )
 
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.launchers import plan_linear
 from hf_triton_mlp.mlp import (
     MLPConfig,
     TritonMLP,
@@ -32,7 +33,7 @@ from hf_triton_mlp.mlp import (
     read_projection,
 )
 from hf_triton_mlp.ops import DTYPES
-from hf_triton_mlp.tuning import check_capability, choose
+from hf_triton_mlp.tuning import check_capability
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -432,9 +433,5 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if not weight.is_cuda:
         plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
         return PatchRow(name, replaced, dtype, device, plan, reason)
-    capability = torch.cuda.get_device_capability(weight.device)
-    up_plan, down_plan = (
-        choose(1, *w.shape, w.dtype, capability, k_contiguous=w.stride(1) == 1)
-        for w in (weight, (read_projection(down) or read)[0])
-    )
+    up_plan, down_plan = (plan_linear(1, w) for w in (weight, (read_projection(down) or read)[0]))
     return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", "")

@@ -1,10 +1,22 @@
-"""Which kernel computes a linear layer, and with which tiles: one pure function."""
+"""Which kernel computes a linear layer, and with which tiles.
 
-from dataclasses import dataclass
-from functools import lru_cache
+A plan comes from, in this order: the user's table (written by `hf-triton-mlp tune`), the measured
+table of the GPU's kind in plans/, and `choose`, a pure function that fits every GPU.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
+
+logger = logging.getLogger(__name__)
 
 #: Kernels use tensor-core types and bfloat16, which Ampere introduced.
 MINIMUM_CAPABILITY = (8, 0)
@@ -16,28 +28,51 @@ DECODE_ROWS = 16
 #: weights once a row, mostly from the L2.
 SKINNY_ROWS = 4
 
+#: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
+LIBRARY_ROWS = 257
+
 #: A program may start before its predecessor has ended (programmatic dependent launch).
 PDL_CAPABILITY = (9, 0)
+
+#: Programs that keep the multiprocessors of a data-centre GPU busy (A100 108, H100 132).
+BUSY_PROGRAMS = 128
+
+#: Version of the tables' format; others are not read.
+FORMAT = 1
+
+#: Names a file to read plans from, instead of the one in the Hugging Face cache.
+PLANS_VARIABLE = "HF_TRITON_MLP_PLANS"
+
+#: Which file of plans/ was measured on GPUs whose name contains a key.
+MEASURED = {"H100": "h100.json", "H200": "h100.json"}
+
+#: As many bytes, the same matrix units: a plan for the one will do for the other.
+SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
+
+KERNELS = ("skinny", "decode", "tiled", "library")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
-    kernel: "skinny" (one row; float32, up to four), "decode" (16-bit, up to 16 rows) or "tiled".
+    kernel: "skinny" (one row; float32, up to four), "decode" (16-bit, up to 16 rows), "tiled", or
+    "library" (cuBLAS, which takes no parameters).
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
-    `slices` such depths side by side. pdl: whether it is launched while its predecessor runs;
-    until that has ended it asks the L2 for `lines` lines of each weight row.
+    `slices` such depths side by side; "tiled" gives each tile to `splits` programs.
+    pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
+    for `lines` lines of each weight row.
     """
 
     kernel: str
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
     block_m: int = 1
+    block_n: int = 1
+    block_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
     group_m: int = 1
     slices: int = 1
+    splits: int = 1
     lines: int = 0
     pdl: bool = False
 
@@ -46,27 +81,56 @@ class Plan:
         """Whether the kernel computes the norm in front of the linear layer too."""
         return self.kernel == "skinny"
 
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """The block sizes as the kernel takes them."""
-        if self.kernel == "skinny":
-            return self.block_n, self.block_k, self.lines
-        if self.kernel == "decode":
-            return (
-                self.block_m,
-                self.block_n,
-                self.block_k,
-                self.slices,
-                self.num_stages,
-                self.lines,
-            )
-        return self.block_m, self.block_n, self.block_k, self.group_m
-
     def __str__(self) -> str:
+        if self.kernel == "library":
+            return self.kernel
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        if self.slices > 1:
-            tile += f"x{self.slices}"
-        return f"{self.kernel} {tile}, {self.num_warps} warps"
+        shared = "".join(f"x{n}" for n in (self.slices, self.splits) if n > 1)
+        return f"{self.kernel} {tile}{shared}, {self.num_warps} warps"
+
+    def check(self, M: int, dtype: torch.dtype) -> None:
+        """Raise ValueError unless this can compute M rows of dtype."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("kernel", "pdl", "splits", "lines", "num_stages") and (
+                type(value) is not int or value < 1 or value & (value - 1)
+            ):
+                raise ValueError(f"{field.name} must be a power of two, found {value!r}")
+        if type(self.pdl) is not bool:
+            raise ValueError(f"pdl must be true or false, found {self.pdl!r}")
+        for name, least, most in (("splits", 1, 32), ("lines", 0, 1024), ("num_stages", 1, 8)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, found {value!r}")
+        rows = {
+            "skinny": SKINNY_ROWS if dtype == torch.float32 else 1,
+            "decode": 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS),
+        }
+        if self.kernel not in KERNELS or rows.get(self.kernel, M) < M:
+            raise ValueError(f"{self.kernel!r} is no kernel for {M} rows of {dtype}")
+
+
+class Linear(NamedTuple):
+    """What a plan is for: rows x (M, K) times W (N, K), all in one dtype.
+
+    k_contiguous: W is stored (out, in), as nn.Linear does; False for GPT-2's Conv1D.
+    gated: a second weight gates the result.
+    """
+
+    M: int
+    N: int
+    K: int
+    dtype: torch.dtype
+    k_contiguous: bool = True
+    gated: bool = False
+
+    @property
+    def key(self) -> str:
+        """Its name in a table, where numbers of rows are powers of two up to 8192."""
+        rows = min(1 << (self.M - 1).bit_length(), 8192)
+        dtype = str(self.dtype).removeprefix("torch.")
+        kind = ("" if self.k_contiguous else " conv1d") + (" gated" if self.gated else "")
+        return f"{dtype} {self.N}x{self.K}{kind} M={rows}"
 
 
 def check_capability(capability: tuple[int, int]) -> None:
@@ -78,84 +142,183 @@ def check_capability(capability: tuple[int, int]) -> None:
         )
 
 
-@lru_cache(maxsize=4096)
-def choose(
-    M: int,
-    N: int,
-    K: int,
-    dtype: torch.dtype,
-    capability: tuple[int, int],
-    *,
-    k_contiguous: bool = True,
-    gated: bool = False,
-) -> Plan:
-    """The plan for x (M, K) times W (N, K).
+# --- the plan of a GPU that nobody measured ---------------------------------------------------
 
-    k_contiguous: W is stored (out, in), as nn.Linear does; False for GPT-2's Conv1D.
+
+@lru_cache(maxsize=4096)
+def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
+    """A plan from the sizes alone.
+
     Raises RuntimeError when the GPU's `capability` (major, minor) is below 8.0.
     """
     check_capability(capability)
-    if M == 1 or (M <= SKINNY_ROWS and dtype == torch.float32):
-        return _choose_skinny(N, K, capability, k_contiguous=k_contiguous, gated=gated)
-    if M <= DECODE_ROWS and dtype != torch.float32:
-        return _choose_decode(M, N, K, capability, k_contiguous=k_contiguous, gated=gated)
-    if M <= 16:
-        return Plan(kernel="tiled", block_m=16, block_n=32, block_k=64, num_warps=4, num_stages=3)
-    if M <= 64 or dtype == torch.float32:
-        # IEEE float32 products run on the FMA units: a small tile keeps the accumulator there.
-        return Plan(
-            kernel="tiled",
-            block_m=32 if M <= 32 else 64,
-            block_n=64,
-            block_k=32 if dtype == torch.float32 else 64,
-            num_warps=4,
-            num_stages=3,
-            group_m=8,
-        )
-    return Plan(
-        kernel="tiled",
-        block_m=128,
-        block_n=64 if gated else 128,
-        block_k=64,
-        num_warps=8,
-        num_stages=3,
-        group_m=8,
-    )
-
-
-def _choose_skinny(
-    N: int, K: int, capability: tuple[int, int], *, k_contiguous: bool, gated: bool
-) -> Plan:
-    """Enough programs to keep every multiprocessor reading, enough loads in flight in each."""
     pdl = capability >= PDL_CAPABILITY
-    if not k_contiguous:
+    if linear.dtype == torch.float32:
+        if linear.M <= SKINNY_ROWS:
+            return _choose_skinny(linear, pdl)
+        if linear.M <= DECODE_ROWS:
+            # IEEE products run on the FMA units: a small tile keeps the accumulator in registers.
+            return Plan(kernel="tiled", block_m=16, block_n=32, block_k=64, num_stages=3, pdl=pdl)
+        return Plan(kernel="library", pdl=pdl)
+    if linear.M == 1:
+        return _choose_skinny(linear, pdl)
+    if linear.M <= DECODE_ROWS:
+        return _choose_decode(linear, pdl)
+    if linear.M < LIBRARY_ROWS:
+        return _choose_tiled(linear, pdl)
+    return Plan(kernel="library", pdl=pdl)
+
+
+def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
+    """Enough programs to keep every multiprocessor reading, enough loads in flight in each."""
+    if not linear.k_contiguous:
         # 16 columns of 2 bytes are one 32-byte sector of DRAM.
-        return Plan(kernel="skinny", block_n=16, block_k=256, num_warps=8, num_stages=1, pdl=pdl)
-    block_k = min(triton.next_power_of_2(K), 1024 if N > K else 2048)
-    block_n = 4 if N > 2048 and not gated else 2
-    return Plan(
-        kernel="skinny", block_n=block_n, block_k=block_k, num_warps=4, num_stages=1, pdl=pdl
-    )
+        return Plan(kernel="skinny", block_n=16, block_k=256, num_warps=8, pdl=pdl)
+    block_k = min(triton.next_power_of_2(linear.K), 1024 if linear.N > linear.K else 2048)
+    block_n = 4 if linear.N > 2048 and not linear.gated else 2
+    return Plan(kernel="skinny", block_n=block_n, block_k=block_k, pdl=pdl)
 
 
-def _choose_decode(
-    M: int, N: int, K: int, capability: tuple[int, int], *, k_contiguous: bool, gated: bool
-) -> Plan:
+def _choose_decode(linear: Linear, pdl: bool) -> Plan:
     """Columns so few that the multiprocessors are busy, rows padded to a power of two."""
-    rows = 1 << (M - 1).bit_length()
-    if N <= 1024 and k_contiguous:
+    if linear.N <= 1024 and linear.k_contiguous:
         block_n = 8
-    elif N <= 4096 or gated:
+    elif linear.N <= 4096 or linear.gated:
         block_n = 16
     else:
         block_n = 32
     return Plan(
         kernel="decode",
-        block_m=rows,
+        block_m=1 << (linear.M - 1).bit_length(),
         block_n=block_n,
         block_k=64,
         slices=4,
-        num_warps=4,
         num_stages=4,
-        pdl=capability >= PDL_CAPABILITY,
+        pdl=pdl,
     )
+
+
+def _choose_tiled(linear: Linear, pdl: bool) -> Plan:
+    """All rows in one tile if they fit, and K split until the multiprocessors are busy."""
+    block_m = 64 if linear.M <= 64 else 128
+    block_n = 64
+    tiles = -(-linear.M // block_m) * -(-linear.N // block_n)
+    splits = max(1, min(8, BUSY_PROGRAMS // tiles, linear.K // 256))
+    return Plan(
+        kernel="tiled",
+        block_m=block_m,
+        block_n=block_n,
+        block_k=64,
+        num_warps=4 if block_m == 64 else 8,
+        num_stages=3,
+        group_m=8,
+        splits=splits,
+        pdl=pdl,
+    )
+
+
+# --- measured plans ---------------------------------------------------------------------------
+
+
+@cache
+def plan(linear: Linear, device: str, capability: tuple[int, int]) -> Plan:
+    """The measured plan for a GPU of this name if there is one, else `choose`'s."""
+    table = _table(device)
+    for dtype in (linear.dtype, *SAME_SPEED.get(linear.dtype, ())):
+        found = table.get(linear._replace(dtype=dtype).key)
+        if found is not None:
+            return found
+    return choose(linear, capability)
+
+
+def user_file() -> Path:
+    """Where `hf-triton-mlp tune` keeps what it measured."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get(PLANS_VARIABLE) or Path(HF_HOME, "hf_triton_mlp", "plans.json"))
+
+
+def forget() -> None:
+    """Read the tables again at the next call."""
+    plan.cache_clear()
+    _table.cache_clear()
+
+
+@cache
+def _table(device: str) -> dict[str, Plan]:
+    """Plans by `Linear.key`: measured by the user on this GPU, or by us on one of its kind."""
+    path = user_file()
+    user: dict[str, Plan] = {}
+    if path.exists():
+        try:
+            user = parse(json.loads(path.read_text()), device)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("%s is ignored: %s", path, error)
+    kind = next((name for key, name in MEASURED.items() if key in device), None)
+    if kind is not None:
+        measured = json.loads(Path(__file__).with_name("plans").joinpath(kind).read_text())
+        (only,) = measured["devices"]
+        return {**parse(measured, only, any_triton=True), **user}
+    if not user and device:
+        logger.warning(
+            "no plans were measured on %s, so defaults are used; `hf-triton-mlp tune` measures it",
+            device,
+        )
+    return user
+
+
+def parse(content: Any, device: str, *, any_triton: bool = False) -> dict[str, Plan]:
+    """The plans for a GPU in a table's JSON.
+
+    Raises ValueError (or what a malformed structure makes Python raise) when the content is not a
+    table of this format, or not for this GPU and Triton.
+    """
+    if content["format"] != FORMAT:
+        raise ValueError(f"it has format {content['format']!r}, not {FORMAT}")
+    devices = content["devices"]
+    if device not in devices:
+        raise ValueError(f"it is for {', '.join(devices)}, not {device}")
+    measured = devices[device]
+    if measured["triton"] != triton.__version__ and not any_triton:
+        raise ValueError(f"it is for Triton {measured['triton']}, not {triton.__version__}")
+    plans: dict[str, Plan] = {}
+    for key, values in measured["plans"].items():
+        plan = Plan(**values)
+        dtype, M = key.split()[0], int(key.rpartition("M=")[2])
+        plan.check(M, getattr(torch, dtype))
+        plans[key] = plan
+    return plans
+
+
+def save(path: Path, device: str, plans: dict[str, Plan]) -> None:
+    """Add plans for a GPU to a table, in one step: a reader sees the old file or the new one.
+
+    What the file had for another version of Triton is dropped, and so is a damaged file.
+    """
+    kept: dict[str, Plan] = {}
+    devices: dict[str, Any] = {}
+    try:
+        content = json.loads(path.read_text())
+        devices = dict(content["devices"]) if content["format"] == FORMAT else {}
+        kept = parse(content, device)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    defaults = {field.name: field.default for field in fields(Plan)}
+    devices[device] = {
+        "triton": triton.__version__,
+        "plans": {
+            key: {name: v for name, v in asdict(plan).items() if v != defaults[name]}
+            for key, plan in sorted({**kept, **plans}.items())
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump({"format": FORMAT, "devices": devices}, file, indent=1)
+            file.write("\n")
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    forget()

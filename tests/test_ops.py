@@ -5,10 +5,12 @@ the marker `gpu`, and by tests/test_interpreter.py, which runs this file with TR
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
+from hf_triton_mlp import tuning
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.ops import (
@@ -18,6 +20,7 @@ from hf_triton_mlp.ops import (
     ResidualAddOp,
     VectorMatMulOp,
 )
+from hf_triton_mlp.tuning import PDL_CAPABILITY, Plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -143,6 +146,42 @@ def test_mlp_gemm_options(device: str, tokens: int, norm: str, pre_norm: bool) -
     for residual, bias, weight_bias, affine in itertools.product([True, False], repeat=4):
         weights = mlp_weights(33, 65, torch.float32, device, bias=weight_bias, affine=affine)
         check_mlp_gemm(op, weights, tokens, residual=residual, bias=bias)
+
+
+TILE = {"block_m": 16, "block_n": 32, "block_k": 32}
+PLANS = {
+    "tiled": Plan(kernel="tiled", **TILE, num_stages=2),
+    "three splits": Plan(kernel="tiled", **TILE, splits=3, lines=1),
+    "two even splits": Plan(kernel="tiled", **TILE, splits=2),
+    "more splits than depth": Plan(kernel="tiled", **TILE, splits=8, lines=1),
+    "library": Plan(kernel="library"),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_way_to_multiply_many_rows(
+    device: str, dtype: torch.dtype, name: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = PLANS[name]
+    if device == "cuda":
+        chosen = replace(chosen, pdl=torch.cuda.get_device_capability() >= PDL_CAPABILITY)
+    monkeypatch.setattr(tuning, "plan", lambda *arguments: chosen)
+    for activation, pre_norm, bias in (("gelu_new", True, True), ("silu", False, False)):
+        for hidden, intermediate in ((64, 192), (40, 72)):
+            weights = mlp_weights(hidden, intermediate, dtype, device, gated=gated, bias=bias)
+            op = MLPGemmOp(activation=activation, pre_norm=pre_norm)
+            check_mlp_gemm(op, weights, 21, residual=bias, bias=bias)
+    x, add, add2 = torch.randn(3, 19, 40).to(weights.up)
+    op, add_bias = GELUGemmOp(activation="relu"), torch.randn(40).to(x)
+    with torch.no_grad():
+        assert_accurate(
+            op(x, weights, add, add2, add_bias),
+            op.compose(x, weights, add, add2, add_bias),
+            op.reference(x, weights, add, add2, add_bias),
+        )
 
 
 @pytest.mark.gpu

@@ -5,13 +5,19 @@ import triton
 from hf_triton_mlp.kernels.decode import decode_linear_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
-from hf_triton_mlp.kernels.tiled import tiled_linear_kernel
+from hf_triton_mlp.kernels.tiled import (
+    activation_kernel,
+    combine_splits_kernel,
+    tiled_linear_kernel,
+)
 
 #: True under TRITON_INTERPRET=1: the kernels then run on the CPU, on CPU tensors.
 INTERPRETED = not isinstance(norm_kernel, triton.runtime.JITFunction)
 
 __all__ = [
     "INTERPRETED",
+    "activation_kernel",
+    "combine_splits_kernel",
     "decode_linear_kernel",
     "norm_kernel",
     "residual_add_kernel",

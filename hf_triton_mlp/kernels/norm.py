@@ -62,26 +62,37 @@ def normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask):
 
 
 @triton.jit
+def store_carry(carry_ptr, carry_bias_ptr, carried, offs, mask):
+    """carry = carried + carry_bias at `offs` of one row; carry_bias may be None."""
+    if carry_bias_ptr is not None:
+        carried += tl.load(carry_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(carry_ptr + offs, carried.to(carry_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def norm_kernel(
     x_ptr,
     add_ptr,
     add_bias_ptr,
     norm_w_ptr,
     norm_b_ptr,
-    sum_ptr,
+    carry_bias_ptr,
+    carry_ptr,
     out_ptr,
     K,
     stride_x,
     stride_add,
     eps,
     NORM: tl.constexpr,
+    CARRY_NORMED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """s = x + add + add_bias; out = norm(s); the sum is stored too where sum_ptr is given.
+    """s = x + add + add_bias; out = norm(s); where carry_ptr is given, the residual for the next
+    linear layer too: carry = (norm(s) if CARRY_NORMED else s) + carry_bias.
 
-    x, add: (M, K), row strides stride_x, stride_add; sum, out: (M, K), contiguous.
+    x, add: (M, K), row strides stride_x, stride_add; carry, out: (M, K), contiguous.
     One program a row. ONE_BLOCK: K <= BLOCK_K, so that the row is read once. PDL: the program may
     start while its predecessor runs.
     """
@@ -96,21 +107,23 @@ def norm_kernel(
         offs = tl.arange(0, BLOCK_K)
         mask = offs < K
         s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
-        if sum_ptr is not None:
-            tl.store(sum_ptr + row * K + offs, s.to(sum_ptr.dtype.element_ty), mask=mask)
         mean, rstd = statistics_of_values(s, mask, K, eps, NORM)
         u = normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask)
         tl.store(out_ptr + row * K + offs, u.to(out_ptr.dtype.element_ty), mask=mask)
+        if carry_ptr is not None:
+            carried = u if CARRY_NORMED else s
+            store_carry(carry_ptr + row * K, carry_bias_ptr, carried, offs, mask)
     else:
         mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         for k in range(0, K, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             mask_k = offs_k < K
             s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
-            if sum_ptr is not None:
-                tl.store(sum_ptr + row * K + offs_k, s_k.to(sum_ptr.dtype.element_ty), mask=mask_k)
             u_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k)
             tl.store(out_ptr + row * K + offs_k, u_k.to(out_ptr.dtype.element_ty), mask=mask_k)
+            if carry_ptr is not None:
+                carried_k = u_k if CARRY_NORMED else s_k
+                store_carry(carry_ptr + row * K, carry_bias_ptr, carried_k, offs_k, mask_k)
 
 
 @triton.jit

@@ -2,8 +2,10 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED, activate
+from hf_triton_mlp.kernels.prefetch import prefetch_weights
 
 
 @triton.jit
@@ -32,25 +34,68 @@ def tiled_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LINES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    K_CONTIGUOUS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """out = act(x · Wᵀ + b) [∘ gate] + add + add2 + add_bias.
 
     x: (M, K); W, gate_W: (N, K) by strides; add, add2: (M, N); add_bias: (N,); out: (M, N),
     contiguous. Gated: out = act(gate) * up. A pointer may be None. Float32 products are IEEE,
     never TF32. Programs go through the tiles in groups of GROUP_M rows of tiles, for the L2.
+
+    SPLITS > 1: as many programs share a tile, each takes a part of K; out is their products alone,
+    float32 (SPLITS, M, N), gated (2 * SPLITS, M, N), for combine_splits_kernel. EVEN_K: every part
+    is whole blocks. PDL: the program may start while its predecessor runs; until gdc_wait it only
+    warms the L2 up.
     """
-    pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0) % (tiles_m * tiles_n)
+    split = tl.program_id(0) // (tiles_m * tiles_n)
     group = pid // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     group_m = min(tiles_m - first_m, GROUP_M)
     pid_m = first_m + (pid % (GROUP_M * tiles_n)) % group_m
     pid_n = (pid % (GROUP_M * tiles_n)) // group_m
 
+    part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    first_k = split * part
+    if PDL:
+        if LINES > 0:
+            first_n = pid_n * BLOCK_N
+            start = tl.cast(tl.minimum(first_k, K - 1), tl.int64)
+            prefetch_weights(
+                w_ptr + start * stride_wk,
+                first_n,
+                N,
+                K - start,
+                stride_wn,
+                stride_wk,
+                K_CONTIGUOUS,
+                BLOCK_N,
+                LINES,
+            )
+            if gate_w_ptr is not None:
+                prefetch_weights(
+                    gate_w_ptr + start * stride_gk,
+                    first_n,
+                    N,
+                    K - start,
+                    stride_gn,
+                    stride_gk,
+                    K_CONTIGUOUS,
+                    BLOCK_N,
+                    LINES,
+                )
+        gdc_wait()
+        gdc_launch_dependents()
+
     offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     offs_n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
+    offs_k = first_k + tl.arange(0, BLOCK_K).to(tl.int64)
     mask_m = offs_m[:, None] < M
     mask_n = offs_n[None, :] < N
     x_ptrs = x_ptr + offs_m[:, None] * stride_x + offs_k[None, :]
@@ -61,17 +106,23 @@ def tiled_linear_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if gate_w_ptr is not None:
         gate_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        left = K - k
-        x = tl.load(x_ptrs, mask=mask_m & (offs_k[None, :] < left), other=0.0)
-        w = tl.load(w_ptrs, mask=mask_n & (offs_k[:, None] < left), other=0.0)
+    for k in range(0, part, BLOCK_K):
+        if EVEN_K:
+            mask_x = mask_m
+            mask_w = mask_n
+        else:
+            left = tl.minimum(part, K - first_k) - k
+            mask_x = mask_m & (tl.arange(0, BLOCK_K)[None, :] < left)
+            mask_w = mask_n & (tl.arange(0, BLOCK_K)[:, None] < left)
+        x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+        w = tl.load(w_ptrs, mask=mask_w, other=0.0)
         if INTERPRETED:
             # The interpreter (3.6 … 3.9) multiplies the raw 16-bit integers of bfloat16 operands.
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         acc = tl.dot(x, w, acc, input_precision="ieee")
         if gate_w_ptr is not None:
-            g = tl.load(g_ptrs, mask=mask_n & (offs_k[:, None] < left), other=0.0)
+            g = tl.load(g_ptrs, mask=mask_w, other=0.0)
             if INTERPRETED:
                 g = g.to(tl.float32)
             gate_acc = tl.dot(x, g, gate_acc, input_precision="ieee")
@@ -79,28 +130,115 @@ def tiled_linear_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
 
-    if b_ptr is not None:
-        acc += tl.load(b_ptr + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
-    if gate_w_ptr is not None:
-        if gate_b_ptr is not None:
-            gate_b = tl.load(gate_b_ptr + offs_n[None, :], mask=mask_n, other=0.0)
-            gate_acc += gate_b.to(tl.float32)
-        acc = activate(gate_acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * acc
-    else:
-        acc = activate(acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
     mask = mask_m & mask_n
-    if add_ptr is not None:
-        add = tl.load(add_ptr + offs_m[:, None] * stride_add + offs_n[None, :], mask=mask, other=0)
-        acc += add.to(tl.float32)
-    if add2_ptr is not None:
-        add2 = tl.load(
-            add2_ptr + offs_m[:, None] * stride_add2 + offs_n[None, :], mask=mask, other=0
+    if SPLITS > 1:
+        size = tl.cast(M, tl.int64) * N
+        parts = out_ptr + split * size + offs_m[:, None] * N + offs_n[None, :]
+        tl.store(parts, acc, mask=mask)
+        if gate_w_ptr is not None:
+            tl.store(parts + SPLITS * size, gate_acc, mask=mask)
+    else:
+        if b_ptr is not None:
+            acc += tl.load(b_ptr + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
+        if gate_w_ptr is not None:
+            if gate_b_ptr is not None:
+                gate_b = tl.load(gate_b_ptr + offs_n[None, :], mask=mask_n, other=0.0)
+                gate_acc += gate_b.to(tl.float32)
+            acc = activate(gate_acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * acc
+        else:
+            acc = activate(acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
+        if add_ptr is not None:
+            add = tl.load(
+                add_ptr + offs_m[:, None] * stride_add + offs_n[None, :], mask=mask, other=0
+            )
+            acc += add.to(tl.float32)
+        if add2_ptr is not None:
+            add2 = tl.load(
+                add2_ptr + offs_m[:, None] * stride_add2 + offs_n[None, :], mask=mask, other=0
+            )
+            acc += add2.to(tl.float32)
+        if add_bias_ptr is not None:
+            acc += tl.load(add_bias_ptr + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
+        tl.store(
+            out_ptr + offs_m[:, None] * N + offs_n[None, :],
+            acc.to(out_ptr.dtype.element_ty),
+            mask=mask,
         )
-        acc += add2.to(tl.float32)
+
+
+@triton.jit
+def combine_splits_kernel(
+    parts_ptr,
+    add_ptr,
+    add2_ptr,
+    out_ptr,
+    b_ptr,
+    gate_b_ptr,
+    add_bias_ptr,
+    M,
+    N,
+    stride_add,
+    stride_add2,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The rest of tiled_linear_kernel: the parts of each output are added in order, then as there.
+
+    parts: float32 (SPLITS, M, N), gated (2 * SPLITS, M, N). Program (row, block of columns).
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs < N
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    size = tl.cast(M, tl.int64) * N
+    parts = parts_ptr + row * N + offs
+    y = tl.zeros((BLOCK_N,), tl.float32)
+    for i in tl.static_range(SPLITS):
+        y += tl.load(parts + i * size, mask=mask, other=0.0)
+    if b_ptr is not None:
+        y += tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        gate = tl.zeros((BLOCK_N,), tl.float32)
+        for i in tl.static_range(SPLITS):
+            gate += tl.load(parts + (SPLITS + i) * size, mask=mask, other=0.0)
+        if gate_b_ptr is not None:
+            gate += tl.load(gate_b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        y = activate(gate, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
+    else:
+        y = activate(y, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
+    if add_ptr is not None:
+        y += tl.load(add_ptr + row * stride_add + offs, mask=mask, other=0.0).to(tl.float32)
+    if add2_ptr is not None:
+        y += tl.load(add2_ptr + row * stride_add2 + offs, mask=mask, other=0.0).to(tl.float32)
     if add_bias_ptr is not None:
-        acc += tl.load(add_bias_ptr + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(
-        out_ptr + offs_m[:, None] * N + offs_n[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+        y += tl.load(add_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * N + offs, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def activation_kernel(
+    up_ptr,
+    gate_ptr,
+    N,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """up = act(gate) * up in place, or act(up) without a gate. (M, N), contiguous.
+
+    Program (row, block of columns).
+    """
+    offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = offs < N
+    offs = tl.program_id(0).to(tl.int64) * N + offs
+    y = tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        y = activate(gate, ACTIVATION, up_ptr.dtype.element_ty == tl.float32) * y
+    else:
+        y = activate(y, ACTIVATION, up_ptr.dtype.element_ty == tl.float32)
+    tl.store(up_ptr + offs, y.to(up_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,203 @@
+"""Measure the plans that could be the fastest on this GPU, for the shapes of a model."""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_triton_mlp.launchers import MLPWeights, gpu, normed_mlp, plan_linear
+from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_layers
+from hf_triton_mlp.tuning import DECODE_ROWS, PDL_CAPABILITY, Linear, Plan
+
+#: The numbers of rows that have plans of their own; others take the next larger one's.
+ROWS = tuple(1 << i for i in range(14))
+
+
+def candidates(linear: Linear, capability: tuple[int, int]) -> list[Plan]:
+    """The plans to measure for 16-bit weights stored (out, in), few enough to try them all."""
+    pdl = capability >= PDL_CAPABILITY
+    wide, gates = linear.N > linear.K, 2 if linear.gated else 1
+    plans: list[Plan] = []
+    if linear.M == 1:
+        depth = triton.next_power_of_2(linear.K)
+        for n, k, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8)):
+            k = min(k, depth)
+            # From 16 to 128 weights a thread.
+            if 16 * 32 * warps <= n * k * gates <= 128 * 32 * warps and (wide or n <= 8):
+                plans.append(Plan(kernel="skinny", block_n=n, block_k=k, num_warps=warps, pdl=pdl))
+    elif linear.M <= DECODE_ROWS:
+        for n, (k, slices, stages), lines in itertools.product(
+            (8, 16, 32, 64),
+            ((64, 4, 3), (64, 4, 4), (128, 4, 3), (64, 8, 3), (32, 8, 4)),
+            (0, 16) if pdl else (0,),
+        ):
+            stage = slices * k * (n * gates + linear.M) * 2
+            if stage * stages <= 200 * 1024 and -(-linear.N // n) >= 48:
+                plans.append(
+                    Plan(
+                        kernel="decode",
+                        block_m=linear.M,
+                        block_n=n,
+                        block_k=k,
+                        slices=slices,
+                        num_warps=min(slices, 8),
+                        num_stages=stages,
+                        lines=min(lines, triton.next_power_of_2(linear.K) // 64),
+                        pdl=pdl,
+                    )
+                )
+    if linear.M > 1:
+        plans += [Plan(kernel="library", pdl=pdl)]
+    if linear.M >= 8:
+        plans += _tiled(linear, pdl, gates)
+    return list(dict.fromkeys(plans))
+
+
+def _tiled(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
+    shapes = (
+        (64, 32, 128, 4, 4),
+        (64, 64, 64, 4, 5),
+        (64, 64, 128, 4, 4),
+        (64, 128, 64, 4, 4),
+        (128, 64, 64, 4, 4),
+        (128, 64, 128, 8, 3),
+        (128, 128, 64, 8, 4),
+        (128, 256, 64, 8, 3),
+    )
+    for m, n, k, warps, stages in shapes:
+        if (m + n * gates) * k * 2 * stages > 220 * 1024 or (m == 128 and linear.M <= 64):
+            continue
+        if m * n * gates > 128 * 256 or (m == 64 and linear.M > 512):
+            continue
+        tiles = -(-linear.M // m) * -(-linear.N // n)
+        for splits in (1, 2, 4, 8):
+            # About one wave, unless K is whole.
+            if splits > 1 and (not 64 <= tiles * splits <= 288 or 4 * k * splits > linear.K):
+                continue
+            if splits == 1 and tiles < 40:
+                continue
+            yield Plan(
+                kernel="tiled",
+                block_m=m,
+                block_n=n,
+                block_k=k,
+                num_warps=warps,
+                num_stages=stages,
+                group_m=8,
+                splits=splits,
+                pdl=pdl,
+            )
+
+
+class Measured(NamedTuple):
+    """The fastest plans of one MLP for one number of rows, and what everything took in µs."""
+
+    up: Plan
+    down: Plan
+    us: float
+    tried: list[tuple[str, Plan, float]]
+
+
+def layer_half(
+    case: Case, layers: list[MLPWeights], plans: tuple[Plan | None, Plan | None]
+) -> LayerHalf:
+    def half(attention: Tensor, residual: Tensor, layer: int) -> Tensor:
+        return normed_mlp(
+            attention,
+            residual,
+            None,
+            layers[layer],
+            activation=case.activation,
+            norm=case.norm,
+            norm_eps=1e-5,
+            pre_norm=True,
+            plans=plans,
+        )
+
+    return half
+
+
+def linears(case: Case, M: int, dtype: torch.dtype) -> tuple[Linear, Linear]:
+    """The two linear layers (up with its gate, down)."""
+    up = Linear(M, case.intermediate, case.hidden, dtype, gated=case.gated)
+    return up, Linear(M, case.hidden, case.intermediate, dtype)
+
+
+def compile_kernels(
+    cases: Iterable[Case], rows: Iterable[int], dtype: torch.dtype, processes: int
+) -> Iterator[tuple[int, int]]:
+    """Compile what `measure` will launch into Triton's cache, several at a time.
+
+    Yields (done, all). A kernel that cannot be compiled shows when it is measured.
+    """
+    capability = torch.cuda.get_device_capability()
+    jobs: dict[tuple[object, ...], tuple[Case, int, int, Plan]] = {}
+    for case, M in itertools.product(cases, rows):
+        for i, linear in enumerate(linears(case, M, dtype)):
+            for plan in candidates(linear, capability):
+                aligned = linear.K % (plan.splits * plan.block_k) == 0
+                shape = linear.K if plan.kernel == "skinny" else min(linear.M, 17)
+                key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
+                jobs.setdefault(key, (case, M, i, plan))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        futures = [pool.submit(_compile, *job, dtype) for job in jobs.values()]
+        for done, _ in enumerate(as_completed(futures), 1):
+            yield done, len(futures)
+
+
+def _compile(case: Case, M: int, which: int, plan: Plan, dtype: torch.dtype) -> None:
+    # Two rows of tiles of weights are enough for the compiler.
+    few = replace(case, **{("intermediate", "hidden")[which]: 256})
+    weights = random_layers(few, dtype)[:1]
+    other = Plan(kernel="library", pdl=plan.pdl)
+    half = layer_half(few, weights, (plan, other) if which == 0 else (other, plan))
+    try:
+        Chain(few, weights, M).first(half)
+    except Exception:  # measure() reports it
+        return
+
+
+def measure(case: Case, layers: list[MLPWeights], M: int, *, milliseconds: float = 4.0) -> Measured:
+    """Try the candidates for up, then for down, in chains of layers in CUDA graphs.
+
+    A plan that does not compile, or whose error exceeds twice torch's own, does not count.
+    """
+    dtype = layers[0].up.dtype
+    capability = gpu(layers[0].up.device.index)[1]
+    chain = Chain(case, layers, M)
+    tried: list[tuple[str, Plan, float]] = []
+    found: list[Plan | None] = [
+        plan_linear(M, layers[0].up, gated=case.gated),
+        plan_linear(M, layers[0].down),
+    ]
+    for i, linear in enumerate(linears(case, M, dtype)):
+        times: dict[Plan, float] = {}
+        for plan in candidates(linear, capability):
+            plans = (plan, found[1]) if i == 0 else (found[0], plan)
+            half = layer_half(case, layers, plans)
+            try:
+                graph = chain.capture(half)
+            except (RuntimeError, triton.TritonError) as error:
+                tried.append((f"{'up' if i == 0 else 'down'}: {error}"[:120], plan, float("inf")))
+                continue
+            time = device_times({"": graph}, chain.layers, rounds=3, milliseconds=milliseconds)
+            times[plan] = time[""].median
+            tried.append((("up", "down")[i], plan, times[plan]))
+        for plan in sorted(times, key=lambda plan: times[plan]):
+            plans = (plan, found[1]) if i == 0 else (found[0], plan)
+            error, own = chain.errors(case, layers[0], layer_half(case, layers, plans))
+            if error <= 2 * own + torch.finfo(dtype).eps:
+                found[i] = plan
+                break
+            tried.append((f"{('up', 'down')[i]}: error {error:.1e}, torch {own:.1e}", plan, 0.0))
+    up, down = found
+    assert up is not None and down is not None
+    graph = chain.capture(layer_half(case, layers, (up, down)))
+    us = device_times({"": graph}, chain.layers, milliseconds=milliseconds)[""].median
+    return Measured(up, down, us, tried)

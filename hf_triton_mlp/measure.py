@@ -1,0 +1,200 @@
+"""What tuning and benchmarks share: MLP shapes, layers that do not stay in the L2, device time."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_triton_mlp.launchers import MLPWeights
+from hf_triton_mlp.ops import MLPGemmOp
+
+#: Weights of this many bytes are read in turn; no GPU's L2 holds a quarter of it.
+ROTATED_BYTES = 300_000_000
+
+
+@dataclass(frozen=True)
+class Case:
+    """The MLP of a model: sizes and what stands around the products."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    activation: str = "gelu_new"
+    norm: str = "layer_norm"
+    gated: bool = False
+    bias: bool = True
+
+    @property
+    def weights(self) -> int:
+        """Elements of its matrices, which are also its multiply-adds for one row."""
+        return (3 if self.gated else 2) * self.hidden * self.intermediate
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("gpt2", 768, 3072),
+        Case("gpt2-xl", 1600, 6400),
+        Case("opt-1.3b", 2048, 8192, "relu"),
+        Case("bloom-7b1", 4096, 16384),
+        Case("opt-30b", 7168, 28672, "relu"),
+        Case("llama-3.1-8b", 4096, 14336, "silu", "rms_norm", gated=True, bias=False),
+    )
+}
+
+
+def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[MLPWeights]:
+    """At least three layers, and enough that none is in the L2 when its turn comes."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def matrix(out: int, inp: int) -> Tensor:
+        values = torch.randn(out, inp, generator=generator, device=device, dtype=dtype)
+        return values.div_(inp**0.5)
+
+    def vector(size: int, present: bool = True, around: float = 0.0) -> Tensor | None:
+        values = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        return around + 0.1 * values if present else None
+
+    H, I = case.hidden, case.intermediate  # noqa: E741
+    layers = max(3, min(24, ROTATED_BYTES // (case.weights * dtype.itemsize)))
+    return [
+        MLPWeights(
+            matrix(I, H),
+            matrix(H, I),
+            vector(I, case.bias),
+            vector(H, case.bias),
+            matrix(I, H) if case.gated else None,
+            None,
+            vector(H, around=1.0),
+            vector(H, case.norm == "layer_norm"),
+        )
+        for _ in range(layers)
+    ]
+
+
+#: One layer's half: (attention's output, residual, layer's number) to residual + attention + MLP.
+LayerHalf = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class Chain:
+    """Layer halves one after the other, each on the output of the one before, as in a model."""
+
+    def __init__(self, case: Case, layers: list[MLPWeights], M: int) -> None:
+        up = layers[0].up
+        generator = torch.Generator(up.device).manual_seed(M)
+        shape = (M, case.hidden)
+        self.layers = len(layers)
+        self.residual, *self.attention = (
+            torch.randn(shape, generator=generator, device=up.device, dtype=up.dtype)
+            for _ in range(self.layers + 1)
+        )
+
+    def run(self, half: LayerHalf) -> Tensor:
+        """The last layer's output."""
+        x = self.residual
+        for i, attention in enumerate(self.attention):
+            x = half(attention, x, i)
+        return x
+
+    def first(self, half: LayerHalf) -> Tensor:
+        """The first layer's output."""
+        return half(self.attention[0], self.residual, 0)
+
+    def capture(self, half: LayerHalf) -> torch.cuda.CUDAGraph:
+        """`run` in a CUDA graph."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.run(half)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run(half)
+        return graph
+
+    def errors(self, case: Case, weights: MLPWeights, half: LayerHalf) -> tuple[float, float]:
+        """RMS error of the first layer against float32, relative: of `half`, and of PyTorch's ops.
+
+        Looks at the first 256 rows.
+        """
+        op = MLPGemmOp(activation=case.activation, norm=case.norm)
+        a, r = self.attention[0][:256], self.residual[:256]
+        reference = op.reference(a, weights, r)
+        own = op.compose(a, weights, r, None)
+        found = self.first(half)[:256]
+        error, torch_error = (
+            ((y.float() - reference).norm() / reference.norm()).item() for y in (found, own)
+        )
+        return error, torch_error
+
+
+class Times(NamedTuple):
+    """Microseconds of one layer half."""
+
+    median: float
+    least: float
+    most: float
+
+
+def device_times(
+    graphs: dict[str, torch.cuda.CUDAGraph],
+    layers: int,
+    *,
+    rounds: int = 5,
+    milliseconds: float = 10.0,
+) -> dict[str, Times]:
+    """Device time of graphs of `layers` layer halves, measured in turn, round by round.
+
+    A round of a graph takes about so many milliseconds; the first does not count.
+    """
+
+    def measure(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / replays
+
+    replays = {}
+    for name, graph in graphs.items():
+        graph.replay()
+        replays[name] = max(1, min(200, int(milliseconds / measure(graph, 1))))
+    measured: dict[str, list[float]] = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            measured[name].append(measure(graph, replays[name]) / layers * 1e3)
+    return {name: Times(statistics.median(us), min(us), max(us)) for name, us in measured.items()}
+
+
+class Ceilings(NamedTuple):
+    """What this machine can do: bytes read in TB/s, a square 16-bit product in TFLOP/s."""
+
+    read_tb_s: float
+    product_tflop_s: float
+
+
+def ceilings(dtype: torch.dtype) -> Ceilings:
+    """Measured now: the sum of 2 GB, and 8192 x 8192 x 8192 in dtype."""
+    values = torch.ones(1_000_000_000, dtype=torch.float16, device="cuda")
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+
+    def best(work: Callable[[], object], times: Iterable[int] = range(8)) -> float:
+        work()
+        events = []
+        for _ in times:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return min(start.elapsed_time(end) for start, end in events) * 1e-3
+
+    read = values.nbytes / best(lambda: values.view(torch.int32).sum(dtype=torch.int32)) / 1e12
+    return Ceilings(read, 2 * 8192**3 / best(lambda: F.linear(a, b)) / 1e12)
