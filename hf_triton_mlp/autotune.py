@@ -11,47 +11,26 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_triton_mlp.launchers import MLPWeights, gpu, normed_mlp, plan_linear
+from hf_triton_mlp.launchers import MLPWeights, normed_mlp, plan_linear
 from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_layers
-from hf_triton_mlp.tuning import DECODE_ROWS, PDL_CAPABILITY, Linear, Plan
+from hf_triton_mlp.tuning import DECODE_ROWS, PDL_CAPABILITY, SKINNY_ROWS, Linear, Plan
 
 #: The numbers of rows that have plans of their own; others take the next larger one's.
 ROWS = tuple(1 << i for i in range(14))
 
 
-def candidates(linear: Linear, capability: tuple[int, int]) -> list[Plan]:
-    """The plans to measure for 16-bit weights stored (out, in), few enough to try them all."""
+def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> list[Plan]:
+    """The plans to measure for 16-bit weights stored (out, in), few enough to try them all.
+
+    processors: how many multiprocessors the GPU has.
+    """
     pdl = capability >= PDL_CAPABILITY
-    wide, gates = linear.N > linear.K, 2 if linear.gated else 1
+    gates = 2 if linear.gated else 1
     plans: list[Plan] = []
-    if linear.M == 1:
-        depth = triton.next_power_of_2(linear.K)
-        for n, k, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8)):
-            k = min(k, depth)
-            # From 16 to 128 weights a thread.
-            if 16 * 32 * warps <= n * k * gates <= 128 * 32 * warps and (wide or n <= 8):
-                plans.append(Plan(kernel="skinny", block_n=n, block_k=k, num_warps=warps, pdl=pdl))
-    elif linear.M <= DECODE_ROWS:
-        for n, (k, slices, stages), lines in itertools.product(
-            (8, 16, 32, 64),
-            ((64, 4, 3), (64, 4, 4), (128, 4, 3), (64, 8, 3), (32, 8, 4)),
-            (0, 16) if pdl else (0,),
-        ):
-            stage = slices * k * (n * gates + linear.M) * 2
-            if stage * stages <= 200 * 1024 and -(-linear.N // n) >= 48:
-                plans.append(
-                    Plan(
-                        kernel="decode",
-                        block_m=linear.M,
-                        block_n=n,
-                        block_k=k,
-                        slices=slices,
-                        num_warps=min(slices, 8),
-                        num_stages=stages,
-                        lines=min(lines, triton.next_power_of_2(linear.K) // 64),
-                        pdl=pdl,
-                    )
-                )
+    if linear.M <= SKINNY_ROWS:
+        plans += _skinny(linear, pdl, gates, processors)
+    if 1 < linear.M <= DECODE_ROWS:
+        plans += _decode(linear, pdl, gates)
     if linear.M > 1:
         plans += [Plan(kernel="library", pdl=pdl)]
     if linear.M >= 8:
@@ -59,26 +38,89 @@ def candidates(linear: Linear, capability: tuple[int, int]) -> list[Plan]:
     return list(dict.fromkeys(plans))
 
 
+def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
+    wide, depth = linear.N > linear.K, triton.next_power_of_2(linear.K)
+    # Asking the L2 for every weight early pays where the launch before takes as long.
+    small = pdl and wide and linear.N * linear.K * gates <= 2**24
+    depths = sorted({min(k, depth) for k in (1024, 2048, 4096, depth if wide else 0)} - {0})
+    for n, k, warps in itertools.product((1, 2, 4, 8, 16), depths, (4, 8)):
+        # From 16 to 128 weights a thread, half where the next ones wait beside them.
+        weights = n * k * gates // (32 * warps)
+        shares = (0,)
+        if k == depth and wide:
+            shares = (0, *(processors * i for i in (1, 2, 3, 4, 6)))
+        if linear.M > 1 and not ((wide and k == depth) or (not wide and k == min(depth, 4096))):
+            continue
+        for programs in shares:
+            if not 16 <= weights <= (64 if programs else 128) or (not wide and n > 8):
+                continue
+            for lines in (0, depth // 64) if small else (0,):
+                yield Plan(
+                    kernel="skinny",
+                    block_n=n,
+                    block_k=k,
+                    num_warps=warps,
+                    programs=programs,
+                    lines=lines,
+                    pdl=pdl,
+                )
+
+
+def _decode(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
+    shapes = ((64, 4, 3), (64, 4, 4), (128, 4, 3), (64, 8, 3))
+    for n, (k, slices, stages) in itertools.product((8, 16, 32, 64), shapes):
+        stage = slices * k * (n * gates + linear.M) * 2
+        if stage * stages > 200 * 1024 or -(-linear.N // n) < 48:
+            continue
+        for lines in (0, 16) if pdl else (0,):
+            yield Plan(
+                kernel="decode",
+                block_m=linear.M,
+                block_n=n,
+                block_k=k,
+                slices=slices,
+                num_warps=slices,
+                num_stages=stages,
+                lines=min(lines, triton.next_power_of_2(linear.K) // 64),
+                pdl=pdl,
+            )
+
+
 def _tiled(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
     shapes = (
+        (16, 32, 256, 4, 5),
+        (16, 64, 128, 4, 5),
+        (16, 128, 128, 4, 4),
+        (32, 64, 128, 4, 5),
+        (32, 128, 128, 4, 4),
         (64, 32, 128, 4, 4),
         (64, 64, 64, 4, 5),
         (64, 64, 128, 4, 4),
+        (64, 64, 256, 4, 3),
         (64, 128, 64, 4, 4),
+        (64, 128, 128, 4, 4),
+        (64, 128, 128, 8, 4),
+        (64, 256, 64, 8, 5),
         (128, 64, 64, 4, 4),
         (128, 64, 128, 8, 3),
         (128, 128, 64, 8, 4),
+        (128, 128, 128, 8, 3),
         (128, 256, 64, 8, 3),
+        (128, 256, 64, 8, 4),
     )
     for m, n, k, warps, stages in shapes:
-        if (m + n * gates) * k * 2 * stages > 220 * 1024 or (m == 128 and linear.M <= 64):
+        if (m + n * gates) * k * 2 * stages > 220 * 1024 or m * n * gates > 128 * 256:
             continue
-        if m * n * gates > 128 * 256 or (m == 64 and linear.M > 512):
+        if (
+            (m < 64 and m < linear.M)
+            or (m == 64 and linear.M > 512)
+            or (m == 128 and linear.M <= 64)
+        ):
             continue
         tiles = -(-linear.M // m) * -(-linear.N // n)
         for splits in (1, 2, 4, 8):
             # About one wave, unless K is whole.
-            if splits > 1 and (not 64 <= tiles * splits <= 288 or 4 * k * splits > linear.K):
+            if splits > 1 and not (64 <= tiles * splits <= 288 and 4 * k * splits <= linear.K):
                 continue
             if splits == 1 and tiles < 40:
                 continue
@@ -136,11 +178,12 @@ def compile_kernels(
 
     Yields (done, all). A kernel that cannot be compiled shows when it is measured.
     """
-    capability = torch.cuda.get_device_capability()
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    kind = (gpu.major, gpu.minor), gpu.multi_processor_count
     jobs: dict[tuple[object, ...], tuple[Case, int, int, Plan]] = {}
     for case, M in itertools.product(cases, rows):
         for i, linear in enumerate(linears(case, M, dtype)):
-            for plan in candidates(linear, capability):
+            for plan in candidates(linear, *kind):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
                 shape = linear.K if plan.kernel == "skinny" else min(linear.M, 17)
                 key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
@@ -169,7 +212,8 @@ def measure(case: Case, layers: list[MLPWeights], M: int, *, milliseconds: float
     A plan that does not compile, or whose error exceeds twice torch's own, does not count.
     """
     dtype = layers[0].up.dtype
-    capability = gpu(layers[0].up.device.index)[1]
+    gpu = torch.cuda.get_device_properties(layers[0].up.device)
+    kind = (gpu.major, gpu.minor), gpu.multi_processor_count
     chain = Chain(case, layers, M)
     tried: list[tuple[str, Plan, float]] = []
     found: list[Plan | None] = [
@@ -178,7 +222,7 @@ def measure(case: Case, layers: list[MLPWeights], M: int, *, milliseconds: float
     ]
     for i, linear in enumerate(linears(case, M, dtype)):
         times: dict[Plan, float] = {}
-        for plan in candidates(linear, capability):
+        for plan in candidates(linear, *kind):
             plans = (plan, found[1]) if i == 0 else (found[0], plan)
             half = layer_half(case, layers, plans)
             try:

@@ -294,6 +294,8 @@ def linear_launch(
     options = plan.num_warps, plan.num_stages, plan.pdl
     k_contiguous = weight.stride(1) == 1
     if plan.kernel == "skinny":
+        one_block = plan.block_k >= K
+        shared = plan.programs if one_block and plan.programs < blocks else 0
         kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
         tensors = (
             x, add, add2, carry, out,
@@ -309,12 +311,13 @@ def linear_launch(
             plan.block_n,
             plan.block_k,
             plan.lines,
-            plan.block_k >= K,
-            triton.next_power_of_2(-(-K // blocks)),
+            one_block,
+            shared,
+            triton.next_power_of_2(-(-K // (shared or blocks))),
             plan.pdl,
             waited,
         )
-        grid = (M * blocks, 1, 1)
+        grid = (M * (shared or blocks), 1, 1)
         return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
     tensors = (x, add, add2, out, weight, bias, gate_weight, gate_bias, add_bias)
     if plan.kernel == "decode":

@@ -56,10 +56,11 @@ KERNELS = ("skinny", "decode", "tiled", "library")
 class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
-    kernel: "skinny" (one row; float32, up to four), "decode" (16-bit, up to 16 rows), "tiled", or
-    "library" (cuBLAS, which takes no parameters).
+    kernel: "skinny" (up to four rows, each on its own), "decode" (16-bit, up to 16 rows),
+    "tiled", or "library" (cuBLAS, which takes no parameters).
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
-    `slices` such depths side by side; "tiled" gives each tile to `splits` programs.
+    `slices` such depths side by side; "tiled" gives each tile to `splits` programs; "skinny"
+    shares the tiles of a row among `programs` if K is one block, 0 for one each.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
     for `lines` lines of each weight row.
     """
@@ -73,6 +74,7 @@ class Plan:
     group_m: int = 1
     slices: int = 1
     splits: int = 1
+    programs: int = 0
     lines: int = 0
     pdl: bool = False
 
@@ -85,25 +87,31 @@ class Plan:
         if self.kernel == "library":
             return self.kernel
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        shared = "".join(f"x{n}" for n in (self.slices, self.splits) if n > 1)
+        shared = "".join(f"x{n}" for n in (self.slices, self.splits, self.programs) if n > 1)
         return f"{self.kernel} {tile}{shared}, {self.num_warps} warps"
 
     def check(self, M: int, dtype: torch.dtype) -> None:
         """Raise ValueError unless this can compute M rows of dtype."""
+        bounds = {
+            "splits": (1, 32),
+            "programs": (0, 65536),
+            "lines": (0, 1024),
+            "num_stages": (1, 8),
+        }
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("kernel", "pdl", "splits", "lines", "num_stages") and (
+            if field.name not in ("kernel", "pdl", *bounds) and (
                 type(value) is not int or value < 1 or value & (value - 1)
             ):
                 raise ValueError(f"{field.name} must be a power of two, found {value!r}")
         if type(self.pdl) is not bool:
             raise ValueError(f"pdl must be true or false, found {self.pdl!r}")
-        for name, least, most in (("splits", 1, 32), ("lines", 0, 1024), ("num_stages", 1, 8)):
+        for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name} must be from {least} to {most}, found {value!r}")
         rows = {
-            "skinny": SKINNY_ROWS if dtype == torch.float32 else 1,
+            "skinny": SKINNY_ROWS,
             "decode": 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS),
         }
         if self.kernel not in KERNELS or rows.get(self.kernel, M) < M:

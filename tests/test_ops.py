@@ -184,6 +184,29 @@ def test_every_way_to_multiply_many_rows(
         )
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("programs", [0, 1, 3, 1000])
+@pytest.mark.parametrize("block_k", [32, 64])
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_way_to_multiply_single_rows(
+    device: str,
+    dtype: torch.dtype,
+    programs: int,
+    block_k: int,
+    gated: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = Plan(kernel="skinny", block_n=4, block_k=block_k, programs=programs, lines=1)
+    if device == "cuda":
+        chosen = replace(chosen, pdl=torch.cuda.get_device_capability() >= PDL_CAPABILITY)
+    monkeypatch.setattr(tuning, "plan", lambda *arguments: chosen)
+    for tokens, pre_norm, bias in ((1, True, True), (3, False, False)):
+        weights = mlp_weights(50, 93, dtype, device, gated=gated, bias=bias)
+        op = MLPGemmOp(activation="silu", pre_norm=pre_norm)
+        check_mlp_gemm(op, weights, tokens, residual=bias, bias=bias)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3, 16, 64, 511])

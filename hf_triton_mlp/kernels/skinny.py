@@ -21,6 +21,25 @@ def load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT: tl.constexpr):
 
 
 @triton.jit
+def load_vector(ptr, offs, mask):
+    """Values at `offs` in float32; zeros where there is no pointer."""
+    if ptr is None:
+        return tl.zeros(offs.shape, tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def finish(y, gate, summand, out_ptr, offs, mask, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """Store act(y) + summand, gated act(gate) * y + summand, at `offs` of a row of the output."""
+    if GATED:
+        y = activate(gate, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
+    else:
+        y = activate(y, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
+    tl.store(out_ptr + offs, (y + summand).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def skinny_linear_kernel(
     x_ptr,
     add_ptr,
@@ -54,6 +73,7 @@ def skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     LINES: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     CARRY_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
     WAITED: tl.constexpr,
@@ -67,9 +87,10 @@ def skinny_linear_kernel(
     One program computes BLOCK_N outputs of one row; the programs of one block of W lie next to
     each other in launch order, so that rows after the first find it in the L2.
 
-    ONE_BLOCK: K <= BLOCK_K, so that a row is in registers as a whole. PDL: the program may start
-    while its predecessor runs. Before gdc_wait it warms the L2 up or, if that predecessor has
-    itself WAITED for whoever may have written the weights, loads its first weights.
+    ONE_BLOCK: K <= BLOCK_K, so that a row is in registers as a whole; PROGRAMS > 0 then share the
+    blocks of W, and each computes the norm once. PDL: the program may start while its
+    predecessor runs. Before gdc_wait it warms the L2 up or, if that predecessor has itself WAITED
+    for whoever may have written the weights, loads its first weights.
     """
     pid = tl.program_id(0)
     row = (pid % M).to(tl.int64)
@@ -115,22 +136,6 @@ def skinny_linear_kernel(
         g_rows = gate_w_ptr + offs_n.to(tl.int64) * stride_gn
         g = load_weights(g_rows, offs_k, stride_gk, mask_n, K, EVICT)
 
-    # What the epilogue adds is asked for now, so that it is there in time.
-    b = tl.zeros((BLOCK_N,), tl.float32)
-    if b_ptr is not None:
-        b += tl.load(b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    gate_b = tl.zeros((BLOCK_N,), tl.float32)
-    if gate_b_ptr is not None:
-        gate_b += tl.load(gate_b_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    summand = tl.zeros((BLOCK_N,), tl.float32)
-    if NORM is None:
-        if add_ptr is not None:
-            summand += tl.load(add_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if add2_ptr is not None:
-            summand += tl.load(add2_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        if add_bias_ptr is not None:
-            summand += tl.load(add_bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-
     mean = 0.0
     rstd = 1.0
     if ONE_BLOCK:
@@ -142,10 +147,41 @@ def skinny_linear_kernel(
             x = tl.where(mask_k, x, 0.0)
         else:
             x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
-        y = tl.sum(w.to(tl.float32) * x[None, :], axis=1)
-        if gate_w_ptr is not None:
-            gate = tl.sum(g.to(tl.float32) * x[None, :], axis=1)
+        blocks = tl.cdiv(N, BLOCK_N)
+        for block in range(pid_n, blocks, PROGRAMS if PROGRAMS > 0 else blocks):
+            offs = block * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = offs < N
+            if PROGRAMS > 0:
+                # The next weights are on their way while these are multiplied.
+                next_n = offs + PROGRAMS * BLOCK_N
+                next_rows = w_ptr + next_n.to(tl.int64) * stride_wn
+                next_w = load_weights(next_rows, offs_k, stride_wk, next_n < N, K, EVICT)
+                if gate_w_ptr is not None:
+                    next_rows = gate_w_ptr + next_n.to(tl.int64) * stride_gn
+                    next_g = load_weights(next_rows, offs_k, stride_gk, next_n < N, K, EVICT)
+            y_b = load_vector(b_ptr, offs, mask)
+            gate = load_vector(gate_b_ptr, offs, mask)
+            summand = tl.zeros((BLOCK_N,), tl.float32)
+            if NORM is None:
+                summand = load_vector(add_ptr, offs, mask)
+                summand += load_vector(add2_ptr, offs, mask) + load_vector(add_bias_ptr, offs, mask)
+            y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) + y_b
+            if gate_w_ptr is not None:
+                gate += tl.sum(g.to(tl.float32) * x[None, :], axis=1)
+            gated: tl.constexpr = gate_w_ptr is not None
+            finish(y, gate, summand, out_ptr + row * N, offs, mask, gated, ACTIVATION)
+            if PROGRAMS > 0:
+                w = next_w
+                if gate_w_ptr is not None:
+                    g = next_g
     else:
+        # What the epilogue adds is asked for now, so that it is there in time.
+        y = load_vector(b_ptr, offs_n, mask_n)
+        gate = load_vector(gate_b_ptr, offs_n, mask_n)
+        summand = tl.zeros((BLOCK_N,), tl.float32)
+        if NORM is None:
+            summand = load_vector(add_ptr, offs_n, mask_n) + load_vector(add2_ptr, offs_n, mask_n)
+            summand += load_vector(add_bias_ptr, offs_n, mask_n)
         if NORM is not None:
             mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -167,9 +203,11 @@ def skinny_linear_kernel(
                 next_g = load_weights(g_rows, offs + BLOCK_K, stride_gk, mask_n, K, EVICT)
                 gate_acc += g.to(tl.float32) * x_k[None, :]
                 g = next_g
-        y = tl.sum(acc, axis=1)
+        y += tl.sum(acc, axis=1)
         if gate_w_ptr is not None:
-            gate = tl.sum(gate_acc, axis=1)
+            gate += tl.sum(gate_acc, axis=1)
+        gated: tl.constexpr = gate_w_ptr is not None
+        finish(y, gate, summand, out_ptr + row * N, offs_n, mask_n, gated, ACTIVATION)
 
     if NORM is not None:
         # Every program writes a few columns of the carry; CARRY_BLOCK is K over programs.
@@ -180,11 +218,3 @@ def skinny_linear_kernel(
             carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
         carry_row = carry_ptr + row * K
         tl.store(carry_row + offs_c, carry.to(carry_ptr.dtype.element_ty), mask=mask_c)
-
-    y += b
-    if gate_w_ptr is not None:
-        y = activate(gate + gate_b, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
-    else:
-        y = activate(y, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
-    y += summand
-    tl.store(out_ptr + row * N + offs_n, y.to(out_ptr.dtype.element_ty), mask=mask_n)
