@@ -1,26 +1,37 @@
 """Measure the plans that could be the fastest on this GPU, for the shapes of a model."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_triton_mlp.launchers import MLPWeights, normed_mlp, plan_linear
 from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_layers
-from hf_triton_mlp.tuning import DECODE_ROWS, PDL_CAPABILITY, SKINNY_ROWS, Linear, Plan
+from hf_triton_mlp.patching import mlp_configs
+from hf_triton_mlp.tuning import (
+    DECODE_ROWS,
+    PDL_CAPABILITY,
+    SKINNY_ROWS,
+    Linear,
+    Plan,
+    save,
+)
 
-#: The numbers of rows that have plans of their own; others take the next larger one's.
-ROWS = tuple(1 << i for i in range(14))
+#: The numbers of rows that have plans of their own; the ones between take the next larger one's,
+#: and more rows are left to cuBLAS.
+ROWS = tuple(1 << i for i in range(9))
 
 
 def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> list[Plan]:
-    """The plans to measure for 16-bit weights stored (out, in), few enough to try them all.
+    """The plans to measure for 16-bit weights, few enough to try them all.
 
     processors: how many multiprocessors the GPU has.
     """
@@ -31,7 +42,7 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
         plans += _skinny(linear, pdl, gates, processors)
     if 1 < linear.M <= DECODE_ROWS:
         plans += _decode(linear, pdl, gates)
-    if linear.M > 1:
+    if linear.M > DECODE_ROWS:
         plans += [Plan(kernel="library", pdl=pdl)]
     if linear.M >= 8:
         plans += _tiled(linear, pdl, gates)
@@ -40,6 +51,12 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
 
 def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
     wide, depth = linear.N > linear.K, triton.next_power_of_2(linear.K)
+    if not linear.k_contiguous:
+        # 16 columns of 2 bytes are one 32-byte sector of DRAM.
+        for n, k, warps in itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8)):
+            if linear.M == 1 and 16 <= n * k * gates // (32 * warps) <= 128:
+                yield Plan(kernel="skinny", block_n=n, block_k=k, num_warps=warps, pdl=pdl)
+        return
     # Asking the L2 for every weight early pays where the launch before takes as long.
     small = pdl and wide and linear.N * linear.K * gates <= 2**24
     depths = sorted({min(k, depth) for k in (1024, 2048, 4096, depth if wide else 0)} - {0})
@@ -70,7 +87,9 @@ def _decode(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
     shapes = ((64, 4, 3), (64, 4, 4), (128, 4, 3), (64, 8, 3))
     for n, (k, slices, stages) in itertools.product((8, 16, 32, 64), shapes):
         stage = slices * k * (n * gates + linear.M) * 2
-        if stage * stages > 200 * 1024 or -(-linear.N // n) < 48:
+        if stage * stages > 200 * 1024 or -(-linear.N // n) < (48 if linear.k_contiguous else 24):
+            continue
+        if n < 16 and not linear.k_contiguous:
             continue
         for lines in (0, 16) if pdl else (0,):
             yield Plan(
@@ -167,8 +186,8 @@ def layer_half(
 
 def linears(case: Case, M: int, dtype: torch.dtype) -> tuple[Linear, Linear]:
     """The two linear layers (up with its gate, down)."""
-    up = Linear(M, case.intermediate, case.hidden, dtype, gated=case.gated)
-    return up, Linear(M, case.hidden, case.intermediate, dtype)
+    up = Linear(M, case.intermediate, case.hidden, dtype, not case.conv1d, case.gated)
+    return up, Linear(M, case.hidden, case.intermediate, dtype, not case.conv1d)
 
 
 def compile_kernels(
@@ -185,8 +204,8 @@ def compile_kernels(
         for i, linear in enumerate(linears(case, M, dtype)):
             for plan in candidates(linear, *kind):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
-                shape = linear.K if plan.kernel == "skinny" else min(linear.M, 17)
-                key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
+                shape = linear if plan.kernel == "skinny" else min(linear.M, 17)
+                key = (i, case.activation, case.norm, case.gated, case.conv1d, aligned, shape, plan)
                 jobs.setdefault(key, (case, M, i, plan))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = [pool.submit(_compile, *job, dtype) for job in jobs.values()]
@@ -195,8 +214,9 @@ def compile_kernels(
 
 
 def _compile(case: Case, M: int, which: int, plan: Plan, dtype: torch.dtype) -> None:
-    # Two rows of tiles of weights are enough for the compiler.
-    few = replace(case, **{("intermediate", "hidden")[which]: 256})
+    # A few tiles of weights are enough, where the kernel does not depend on their number.
+    columns = ("intermediate", "hidden")[which]
+    few = case if plan.kernel == "skinny" else replace(case, **{columns: 256})
     weights = random_layers(few, dtype)[:1]
     other = Plan(kernel="library", pdl=plan.pdl)
     half = layer_half(few, weights, (plan, other) if which == 0 else (other, plan))
@@ -245,3 +265,52 @@ def measure(case: Case, layers: list[MLPWeights], M: int, *, milliseconds: float
     graph = chain.capture(layer_half(case, layers, (up, down)))
     us = device_times({"": graph}, chain.layers, milliseconds=milliseconds)[""].median
     return Measured(up, down, us, tried)
+
+
+def cases_of(model: nn.Module, name: str) -> list[Case]:
+    """The different MLPs of a model (weights may be on the meta device)."""
+    return [
+        Case(
+            name,
+            config.hidden_size,
+            config.intermediate_size,
+            config.activation,
+            config.norm or "layer_norm",
+            config.gated,
+            config.up_bias,
+            conv1d,
+        )
+        for config, conv1d in mlp_configs(model)
+    ]
+
+
+def tune(
+    cases: list[Case],
+    dtype: torch.dtype,
+    path: Path,
+    *,
+    rows: Iterable[int] = ROWS,
+    processes: int | None = None,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[tuple[Case, int, Measured]]:
+    """Measure the current GPU for these MLPs and add the fastest plans to the table at `path`.
+
+    `progress` is told (what, done, of how many). The table is written after each case.
+    """
+    rows = tuple(rows)
+    processes = processes or max(1, min(14, (os.cpu_count() or 2) - 2))
+    for done, total in compile_kernels(cases, rows, dtype, processes):
+        progress("compiling kernels", done, total)
+    found: list[tuple[Case, int, Measured]] = []
+    with torch.no_grad():
+        for case in cases:
+            plans: dict[str, Plan] = {}
+            layers = random_layers(case, dtype)
+            for M in rows:
+                measured = measure(case, layers, M)
+                found.append((case, M, measured))
+                for linear, plan in zip(linears(case, M, dtype), measured[:2], strict=True):
+                    plans[linear.key] = plan
+                progress("measuring", len(found), len(cases) * len(rows))
+            save(path, torch.cuda.get_device_name(), plans)
+    return found

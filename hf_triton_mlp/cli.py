@@ -1,10 +1,11 @@
-"""hf-triton-mlp: demo, validate, info."""
+"""hf-triton-mlp: demo, validate, tune, bench, info."""
 
 import copy
 import json
+import math
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +22,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hf_triton_mlp
-from hf_triton_mlp import validation
+from hf_triton_mlp import autotune, bench, tuning, validation
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.measure import CASES, Case
 from hf_triton_mlp.patching import patch_model, patch_report, specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
@@ -32,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused Triton MLPs for Hugging Face Transformers models.",
 )
+benchmarks = typer.Typer(no_args_is_help=True, help="Measure the kernels on this GPU.")
+app.add_typer(benchmarks, name="bench")
 console = Console()
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -121,6 +125,84 @@ def validate(
 
 
 @app.command()
+def tune(
+    models: Annotated[list[str], typer.Argument(help="folders, or names on the model hub")],
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16: one serves both")] = "float16",
+    output: Annotated[
+        Path | None, typer.Option("--json", help="the table; default: where it is looked for")
+    ] = None,
+) -> None:
+    """Find the fastest plans of this GPU for the MLPs of models; weights are not needed."""
+    with _errors_in_one_line():
+        if dtype not in DTYPES[1:]:
+            raise ValueError(f"plans are tuned for float16 or bfloat16, found {dtype!r}")
+        _need_gpu()
+        cases: list[Case] = []
+        for name in models:
+            config = transformers.AutoConfig.from_pretrained(name)
+            with torch.device("meta"):
+                model = transformers.AutoModelForCausalLM.from_config(config)
+            cases += autotune.cases_of(model, name)
+        path = output or tuning.user_file()
+        with _bar() as show:
+            found = autotune.tune(cases, getattr(torch, dtype), path, progress=show)
+        table = Table("MLP", "rows", "up", "down", "µs a layer", box=SIMPLE)
+        for case, rows, measured in found:
+            sizes = f"{case.name} {case.hidden}, {case.intermediate}"
+            plans = str(measured.up), str(measured.down)
+            table.add_row(sizes, str(rows), *plans, f"{measured.us:.1f}")
+        console.print(table)
+        console.print(f"written: {escape(str(path))}", soft_wrap=True)
+
+
+@benchmarks.command("mlp")
+def bench_mlp(
+    case: Annotated[list[str] | None, typer.Option(help="one of them; may be repeated")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float16, bfloat16 or both")] = None,
+    compiled: Annotated[bool, typer.Option(help="torch.compile too, which takes longest")] = True,
+    seconds: Annotated[float, typer.Option(help="start no cell after so many")] = math.inf,
+    output: Annotated[Path | None, typer.Option("--json", help="write the record here")] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a plot here (needs matplotlib)")] = None,
+) -> None:
+    """Time one layer's residual + norm + MLP + residual, ours and everyone's."""
+    with _errors_in_one_line():
+        unknown = set(case or ()) - set(CASES)
+        if unknown:
+            raise ValueError(f"unknown case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
+        for name in dtype or ():
+            if name not in DTYPES[1:]:
+                raise ValueError(f"unknown dtype {name!r}; there are float16, bfloat16")
+        for path in (output, plot):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"no folder {path.parent} to write {path.name} in")
+        _need_gpu()
+        cases, sizes = tuple(case or CASES), tuple(rows or bench.ROWS)
+        dtypes = tuple(dtype or DTYPES[1:])
+        with _bar() as show:
+            cells = iter(range(len(cases) * len(sizes) * len(dtypes)))
+            record = bench.bench_mlp(
+                cases,
+                sizes,
+                dtypes,
+                compiled=compiled,
+                seconds=seconds,
+                progress=lambda cell: show(
+                    cell, next(cells), len(cases) * len(sizes) * len(dtypes)
+                ),
+                save=lambda record: None if output is None else bench.write(record, output),
+            )
+        for name in dtypes:
+            console.print(bench.table(record, name))
+        for group, mean in bench.geometric_means(record).items():
+            console.print(f"{group}: {mean:.2f} x the best of the others (geometric mean)")
+        for cell in record["skipped"]:
+            console.print(f"skipped for lack of time: {cell}")
+        if plot is not None:
+            bench.plot(record, plot, dtypes[0])
+
+
+@app.command()
 def info() -> None:
     """Versions, the device, and the architectures that can be patched."""
     with _errors_in_one_line():
@@ -166,6 +248,23 @@ def _progress(description: str) -> Iterator[None]:
     with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
         progress.add_task(description, total=None)
         yield
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar, as a function of what is done, how much of it and of how much."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        yield show
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise ValueError("this needs an NVIDIA GPU, and torch sees none")
 
 
 def _device(device: str | None) -> torch.device:

@@ -178,10 +178,10 @@ def linear(
     if plan.splits == 1:
         launch(linear_launch(plan, x, weight, bias, gate, activation, norm, summands, out, waited))
         return out
-    products = plan.splits if gate[0] is None else 2 * plan.splits
-    parts = torch.empty((products, M, N), dtype=torch.float32, device=x.device)
-    launch(linear_launch(plan, x, weight, None, gate, None, None, NO_SUMMANDS, parts, waited))
-    launch(combine_launch(plan, parts, bias, gate, activation, summands, out))
+    parts = split_parts(plan, out, gated=gate[0] is not None)
+    rest = (gate, activation, norm, summands, out, waited)
+    for call in split_launches(plan, x, weight, bias, *rest, parts):
+        launch(call)
     return out
 
 
@@ -243,21 +243,23 @@ def library_linear(
     tanh_gelu = activation in ("gelu_new", "gelu_pytorch_tanh")
     fused = tanh_gelu or activation == "relu"
     if fused and gate[0] is None and bias is not None and x.dtype != torch.float32:
-        out = torch._addmm_activation(bias, x, weight.t(), use_gelu=tanh_gelu)
+        addmm = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
+        out = addmm(bias, x, weight.t(), use_gelu=tanh_gelu)
     else:
         out = F.linear(x, weight, bias)
-        gates = None if gate[0] is None else F.linear(x, *gate)
+        gates = None if gate[0] is None else F.linear(x, gate[0], gate[1])
         if activation is not None:
             launch(activation_launch(out, gates, activation))
-    if summands != NO_SUMMANDS:
-        add, add2, add_bias = summands
+    add, add2, add_bias = summands
+    if add is not None or add2 is not None or add_bias is not None:
         out = residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
     return out
 
 
 def plan_linear(M: int, weight: Tensor, *, gated: bool = False) -> Plan:
     """How M rows times weight (N, K) run on its device."""
-    linear = Linear(M, *weight.shape, weight.dtype, weight.stride(1) == 1, gated)
+    N, K = weight.shape
+    linear = Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
     return tuning.plan(linear, *gpu(weight.device.index))
 
 
@@ -275,7 +277,7 @@ def linear_launch(
 ) -> Launch:
     """The launch that computes `linear` into out (tokens, N); a norm has to be one it fuses.
 
-    With splits, bias, activation and summands are `combine_launch`'s, and out is its parts.
+    Where K is split, `out` is the parts, and the rest is left to the second launch.
     """
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
@@ -350,28 +352,42 @@ def linear_launch(
     return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
 
 
-def combine_launch(
+def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:
+    """Memory for the products of `plan.splits` parts of K, of W and of its gate."""
+    products = 2 * plan.splits if gated else plan.splits
+    return torch.empty((products, *out.shape), dtype=torch.float32, device=out.device)
+
+
+def split_launches(
     plan: Plan,
-    parts: Tensor,
+    x: Tensor,
+    weight: Tensor,
     bias: Tensor | None,
     gate: tuple[Tensor | None, Tensor | None],
     activation: str | None,
+    norm: Norm | None,
     summands: Summands,
     out: Tensor,
-) -> Launch:
-    """The launch that adds the parts of split products (float32) and finishes `linear`."""
+    waited: bool,
+    parts: Tensor,
+) -> tuple[Launch, Launch]:
+    """The two launches that compute `linear` into out (tokens, N) with K split."""
     M, N = out.shape
     add, add2, add_bias = summands
     block = min(triton.next_power_of_2(N), 512)
-    return Launch(
-        combine_splits_kernel,
-        (M, -(-N // block), 1),
-        (parts, add, add2, out, bias, gate[1], add_bias),
-        (M, N, 0 if add is None else add.stride(0), 0 if add2 is None else add2.stride(0)),
-        (activation, gate[0] is not None, plan.splits, block, plan.pdl),
-        num_warps=4,
-        num_stages=1,
-        pdl=plan.pdl,
+    products = gate[0], None
+    return (
+        linear_launch(plan, x, weight, None, products, None, norm, NO_SUMMANDS, parts, waited),
+        Launch(
+            combine_splits_kernel,
+            (M, -(-N // block), 1),
+            (parts, add, add2, out, bias, gate[1], add_bias),
+            (M, N, 0 if add is None else add.stride(0), 0 if add2 is None else add2.stride(0)),
+            (activation, gate[0] is not None, plan.splits, block, plan.pdl),
+            num_warps=4,
+            num_stages=1,
+            pdl=plan.pdl,
+        ),
     )
 
 
@@ -456,6 +472,14 @@ def residual_add(
     return out
 
 
+class BoundLaunches(NamedTuple):
+    """What `DecodeMLP` does for one number of rows, in work_bytes of memory of its own."""
+
+    launches: tuple[Callable[..., None], ...]
+    work_bytes: int
+    offsets: tuple[int, ...]
+
+
 class DecodeMLP:
     """An MLP for a few rows as launches with everything bound but the addresses of the rows.
 
@@ -468,7 +492,7 @@ class DecodeMLP:
     def __init__(self, up: Tensor) -> None:
         self.intermediate, self.hidden = up.shape
         self.device, self.dtype = up.device, up.dtype
-        self._bound: dict[tuple[int, bool], tuple[Callable[..., None], ...]] = {}
+        self._bound: dict[tuple[int, bool], BoundLaunches] = {}
 
     def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """The MLP of input (…, H), with a norm of input + residual, plus the residual.
@@ -492,19 +516,13 @@ class DecodeMLP:
         ):
             return None
         out = torch.empty_like(input)
-        row_bytes, hidden_bytes = self._work_bytes(M)
-        work = torch.empty(2 * row_bytes + hidden_bytes, dtype=torch.uint8, device=self.device)
-        carry = work.data_ptr()
-        addresses = (x, r, carry, carry + row_bytes, carry + 2 * row_bytes, out.data_ptr())
+        work = torch.empty(bound.work_bytes, dtype=torch.uint8, device=self.device)
+        base = work.data_ptr()
+        addresses = (x, r, out.data_ptr(), *[base + offset for offset in bound.offsets])
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        for launch_again in bound:
+        for launch_again in bound.launches:
             launch_again(stream, addresses)
         return out
-
-    def _work_bytes(self, M: int) -> tuple[int, int]:
-        """Bytes of M rows of the hidden and the intermediate size, whole lines."""
-        size = M * self.dtype.itemsize
-        return -(-size * self.hidden // 128) * 128, size * self.intermediate
 
     def bind(
         self,
@@ -533,31 +551,45 @@ class DecodeMLP:
         with on_device(x):
             carry, normed, out = (torch.empty_like(x) for _ in range(3))
             hidden = x.new_empty((M, self.intermediate))
+            work = [carry, normed, hidden]
             up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
             down_plan = plan_linear(M, down[0])
-            if any(plan.kernel == "library" or plan.splits > 1 for plan in (up_plan, down_plan)):
-                return
             calls: list[Launch] = []
-            before, source, summands, carried = None, x, NO_SUMMANDS, r
+
+            def add(
+                plan: Plan,
+                source: Tensor,
+                linear: tuple[Tensor, Tensor | None],
+                gate: tuple[Tensor | None, Tensor | None],
+                activation: str | None,
+                norm: Norm | None,
+                summands: Summands,
+                out: Tensor,
+            ) -> None:
+                rest = (gate, activation, norm, summands, out, bool(calls))
+                if plan.splits == 1:
+                    calls.append(linear_launch(plan, source, *linear, *rest))
+                    return
+                parts = split_parts(plan, out, gated=gate[0] is not None)
+                work.append(parts)
+                calls.extend(split_launches(plan, source, *linear, *rest, parts))
+
+            source, before, summands, carried = x, None, NO_SUMMANDS, r
             if norm is not None:
                 before, summands, carried = Norm(*norm, carry, carry_normed), Summands(r), carry
                 if not up_plan.fuses_norm:
                     source = carry if carry_normed else normed
                     calls.append(norm_launch(x, r, None, before, source, pdl=up_plan.pdl))
                     before, summands = None, NO_SUMMANDS
-            calls.append(
-                linear_launch(
-                    up_plan, source, *up, gate, activation, before, summands, hidden, bool(calls)
-                )
+            add(up_plan, source, up, gate, activation, before, summands, hidden)
+            add(down_plan, hidden, down, (None, None), None, None, Summands(carried), out)
+            offsets = [0]
+            for tensor in work:
+                offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)
+            moving = (x, r, out, *work)
+            self._bound[M, r is None] = BoundLaunches(
+                tuple([bind(call, moving) for call in calls]), offsets.pop(), tuple(offsets)
             )
-            none = (None, None)
-            calls.append(
-                linear_launch(
-                    down_plan, hidden, *down, none, None, None, Summands(carried), out, True
-                )
-            )
-            moving = (x, r, carry, normed, hidden, out)
-            self._bound[M, r is None] = tuple([bind(call, moving) for call in calls])
 
 
 def bind(call: Launch, moving: tuple[Tensor | None, ...]) -> Callable[..., None]:

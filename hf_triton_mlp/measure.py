@@ -18,7 +18,10 @@ ROTATED_BYTES = 300_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """The MLP of a model: sizes and what stands around the products."""
+    """The MLP of a model: sizes and what stands around the products.
+
+    conv1d: its weights are stored (in, out), as GPT-2's.
+    """
 
     name: str
     hidden: int
@@ -27,6 +30,7 @@ class Case:
     norm: str = "layer_norm"
     gated: bool = False
     bias: bool = True
+    conv1d: bool = False
 
     @property
     def weights(self) -> int:
@@ -52,8 +56,9 @@ def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(out: int, inp: int) -> Tensor:
-        values = torch.randn(out, inp, generator=generator, device=device, dtype=dtype)
-        return values.div_(inp**0.5)
+        shape = (inp, out) if case.conv1d else (out, inp)
+        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+        return values.div_(inp**0.5).t() if case.conv1d else values.div_(inp**0.5)
 
     def vector(size: int, present: bool = True, around: float = 0.0) -> Tensor | None:
         values = torch.randn(size, generator=generator, device=device, dtype=dtype)

@@ -19,6 +19,7 @@ from transformers.activations import (
     ReLUSquaredActivation,
     SiLUActivation,
 )
+from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
@@ -201,6 +202,20 @@ def patched(
 def patch_report(model: nn.Module) -> PatchReport:
     """What is replaced in `model` right now, and why the rest is not."""
     return PatchReport(tuple(_row(*found) for found in _decoder_layers(model)))
+
+
+def mlp_configs(model: nn.Module) -> list[tuple[MLPConfig, bool]]:
+    """The different MLPs of an unpatched model, each with whether its weights are a Conv1D's.
+
+    Raises ValueError as patch_model does.
+    """
+    found: dict[tuple[MLPConfig, bool], None] = {}
+    for name, layer, spec in _decoder_layers(model):
+        swap = _check_layer(spec, name, layer, "layer")
+        found[swap.config, isinstance(spec.projections(layer)[0], Conv1D)] = None
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no decoder layer that is supported")
+    return list(found)
 
 
 # --- find -------------------------------------------------------------------------------------

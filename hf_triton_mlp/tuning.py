@@ -29,7 +29,7 @@ DECODE_ROWS = 16
 SKINNY_ROWS = 4
 
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
-LIBRARY_ROWS = 257
+LIBRARY_ROWS = 129
 
 #: A program may start before its predecessor has ended (programmatic dependent launch).
 PDL_CAPABILITY = (9, 0)
@@ -57,7 +57,7 @@ class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
     kernel: "skinny" (up to four rows, each on its own), "decode" (16-bit, up to 16 rows),
-    "tiled", or "library" (cuBLAS, which takes no parameters).
+    "tiled", or "library" (more rows, by cuBLAS, which takes no parameters).
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side; "tiled" gives each tile to `splits` programs; "skinny"
     shares the tiles of a row among `programs` if K is one block, 0 for one each.
@@ -110,11 +110,13 @@ class Plan:
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name} must be from {least} to {most}, found {value!r}")
-        rows = {
-            "skinny": SKINNY_ROWS,
-            "decode": 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS),
-        }
-        if self.kernel not in KERNELS or rows.get(self.kernel, M) < M:
+        fewest, most = {
+            "skinny": (1, SKINNY_ROWS),
+            "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
+            # A decode step is launched by address, without the host work of PyTorch's operations.
+            "library": (DECODE_ROWS + 1, M),
+        }.get(self.kernel, (1, M))
+        if self.kernel not in KERNELS or not fewest <= M <= most:
             raise ValueError(f"{self.kernel!r} is no kernel for {M} rows of {dtype}")
 
 
@@ -178,47 +180,55 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
 
 
 def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
-    """Enough programs to keep every multiprocessor reading, enough loads in flight in each."""
+    """Rows of weights in long runs, enough programs to keep every multiprocessor reading."""
     if not linear.k_contiguous:
         # 16 columns of 2 bytes are one 32-byte sector of DRAM.
         return Plan(kernel="skinny", block_n=16, block_k=256, num_warps=8, pdl=pdl)
-    block_k = min(triton.next_power_of_2(linear.K), 1024 if linear.N > linear.K else 2048)
-    block_n = 4 if linear.N > 2048 and not linear.gated else 2
+    depth = triton.next_power_of_2(linear.K)
+    if linear.N <= linear.K:
+        return Plan(kernel="skinny", block_n=2, block_k=min(depth, 4096), pdl=pdl)
+    if linear.gated:
+        return Plan(kernel="skinny", block_n=1, block_k=min(depth, 4096), num_warps=8, pdl=pdl)
+    # A row in registers as a whole spares a second pass for the norm's statistics.
+    block_k = max(depth, 256) if depth <= 4096 else 1024
+    block_n = min(8, 8192 // block_k) if depth <= 4096 else 4
     return Plan(kernel="skinny", block_n=block_n, block_k=block_k, pdl=pdl)
 
 
 def _choose_decode(linear: Linear, pdl: bool) -> Plan:
     """Columns so few that the multiprocessors are busy, rows padded to a power of two."""
-    if linear.N <= 1024 and linear.k_contiguous:
+    wide = linear.N > linear.K
+    if linear.N <= 2048 or linear.gated:
         block_n = 8
-    elif linear.N <= 4096 or linear.gated:
-        block_n = 16
     else:
-        block_n = 32
+        block_n = 32 if wide and 3072 < linear.N <= 8192 else 16
     return Plan(
         kernel="decode",
         block_m=1 << (linear.M - 1).bit_length(),
-        block_n=block_n,
-        block_k=64,
+        block_n=block_n if linear.k_contiguous else max(16, block_n),
+        block_k=64 if wide or linear.gated else 128,
         slices=4,
-        num_stages=4,
+        num_stages=3,
         pdl=pdl,
     )
 
 
 def _choose_tiled(linear: Linear, pdl: bool) -> Plan:
-    """All rows in one tile if they fit, and K split until the multiprocessors are busy."""
-    block_m = 64 if linear.M <= 64 else 128
-    block_n = 64
-    tiles = -(-linear.M // block_m) * -(-linear.N // block_n)
-    splits = max(1, min(8, BUSY_PROGRAMS // tiles, linear.K // 256))
+    """Weights through the pipeline, and K split until the multiprocessors are busy."""
+    if linear.M > 64 and (linear.gated or linear.N > linear.K):
+        return Plan(kernel="library", pdl=pdl)
+    deep = linear.M <= 64 and not linear.gated
+    tiles = -(-linear.M // 64) * -(-linear.N // 64)
+    splits = 1
+    while splits < 8 and 2 * splits * tiles <= BUSY_PROGRAMS * (1 if deep else 2):
+        splits *= 2
+    # Three stages of 32 KiB, or four of up to 24, are what a GPU with 99 KiB a block holds.
     return Plan(
         kernel="tiled",
-        block_m=block_m,
-        block_n=block_n,
-        block_k=64,
-        num_warps=4 if block_m == 64 else 8,
-        num_stages=3,
+        block_m=64,
+        block_n=64,
+        block_k=128 if deep else 64,
+        num_stages=3 if deep else 4,
         group_m=8,
         splits=splits,
         pdl=pdl,

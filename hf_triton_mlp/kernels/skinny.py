@@ -30,6 +30,13 @@ def load_vector(ptr, offs, mask):
 
 
 @triton.jit
+def load_summands(add_ptr, add2_ptr, add_bias_ptr, offs, mask):
+    """add + add2 + add_bias at `offs` in float32; each may be None."""
+    both = load_vector(add_ptr, offs, mask) + load_vector(add2_ptr, offs, mask)
+    return both + load_vector(add_bias_ptr, offs, mask)
+
+
+@triton.jit
 def finish(y, gate, summand, out_ptr, offs, mask, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
     """Store act(y) + summand, gated act(gate) * y + summand, at `offs` of a row of the output."""
     if GATED:
@@ -136,6 +143,13 @@ def skinny_linear_kernel(
         g_rows = gate_w_ptr + offs_n.to(tl.int64) * stride_gn
         g = load_weights(g_rows, offs_k, stride_gk, mask_n, K, EVICT)
 
+    # What the epilogue adds is asked for now, so that it is there in time.
+    b = load_vector(b_ptr, offs_n, mask_n)
+    gate_b = load_vector(gate_b_ptr, offs_n, mask_n)
+    summand = tl.zeros((BLOCK_N,), tl.float32)
+    if NORM is None:
+        summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, offs_n, mask_n)
+
     mean = 0.0
     rstd = 1.0
     if ONE_BLOCK:
@@ -159,29 +173,23 @@ def skinny_linear_kernel(
                 if gate_w_ptr is not None:
                     next_rows = gate_w_ptr + next_n.to(tl.int64) * stride_gn
                     next_g = load_weights(next_rows, offs_k, stride_gk, next_n < N, K, EVICT)
-            y_b = load_vector(b_ptr, offs, mask)
-            gate = load_vector(gate_b_ptr, offs, mask)
-            summand = tl.zeros((BLOCK_N,), tl.float32)
-            if NORM is None:
-                summand = load_vector(add_ptr, offs, mask)
-                summand += load_vector(add2_ptr, offs, mask) + load_vector(add_bias_ptr, offs, mask)
-            y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) + y_b
+                next_b = load_vector(b_ptr, next_n, next_n < N)
+                next_gate_b = load_vector(gate_b_ptr, next_n, next_n < N)
+            gate = gate_b
             if gate_w_ptr is not None:
                 gate += tl.sum(g.to(tl.float32) * x[None, :], axis=1)
+            y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) + b
             gated: tl.constexpr = gate_w_ptr is not None
             finish(y, gate, summand, out_ptr + row * N, offs, mask, gated, ACTIVATION)
             if PROGRAMS > 0:
                 w = next_w
                 if gate_w_ptr is not None:
                     g = next_g
+                b = next_b
+                gate_b = next_gate_b
+                if NORM is None:
+                    summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, next_n, next_n < N)
     else:
-        # What the epilogue adds is asked for now, so that it is there in time.
-        y = load_vector(b_ptr, offs_n, mask_n)
-        gate = load_vector(gate_b_ptr, offs_n, mask_n)
-        summand = tl.zeros((BLOCK_N,), tl.float32)
-        if NORM is None:
-            summand = load_vector(add_ptr, offs_n, mask_n) + load_vector(add2_ptr, offs_n, mask_n)
-            summand += load_vector(add_bias_ptr, offs_n, mask_n)
         if NORM is not None:
             mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -203,7 +211,8 @@ def skinny_linear_kernel(
                 next_g = load_weights(g_rows, offs + BLOCK_K, stride_gk, mask_n, K, EVICT)
                 gate_acc += g.to(tl.float32) * x_k[None, :]
                 g = next_g
-        y += tl.sum(acc, axis=1)
+        y = tl.sum(acc, axis=1) + b
+        gate = gate_b
         if gate_w_ptr is not None:
             gate += tl.sum(gate_acc, axis=1)
         gated: tl.constexpr = gate_w_ptr is not None

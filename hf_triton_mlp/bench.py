@@ -1,0 +1,369 @@
+"""The MLP benchmark: one layer half of a model, ours against what else a PyTorch user can run."""
+
+import gc
+import importlib
+import importlib.util
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+import triton
+from rich.box import SIMPLE
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+import hf_triton_mlp
+from hf_triton_mlp.launchers import MLPWeights, plan_linear
+from hf_triton_mlp.measure import (
+    CASES,
+    Case,
+    Chain,
+    LayerHalf,
+    ceilings,
+    device_times,
+    random_layers,
+)
+from hf_triton_mlp.mlp import MLPConfig, TritonMLP
+from hf_triton_mlp.ops import MLPGemmOp
+
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+#: Calls of so few rows may be bound by the host, so what a call costs it is measured too.
+HOST_ROWS = 16
+#: max-autotune takes long to compile, so it is measured for some cells.
+MAX_AUTOTUNE_ROWS = (1, 16, 128, 2048)
+MAX_AUTOTUNE_CASES = ("gpt2", "opt-1.3b", "bloom-7b1")
+OURS = "hf_triton_mlp"
+COMPILED = ("torch.compile", "max-autotune")
+
+
+# --- the peers --------------------------------------------------------------------------------
+
+
+def peers(case: Case, layers: list[MLPWeights], M: int) -> Iterator[tuple[str, LayerHalf]]:
+    """What computes a layer half of this case, by name; ours first."""
+    ours = [_triton_mlp(case, weights) for weights in layers]
+    yield OURS, lambda a, r, i: ours[i](a, r)
+    op = MLPGemmOp(activation=case.activation, norm=case.norm)
+    yield "torch eager", lambda a, r, i: op.compose(a, layers[i], r, None)
+    if case.activation in ("gelu_new", "relu"):
+        yield "_addmm_activation", lambda a, r, i: _addmm_half(case, layers[i], a, r)
+    if case.name == "gpt2":
+        modules = [_transformers_modules(case, weights) for weights in layers]
+        yield "transformers eager", lambda a, r, i: _transformers_half(*modules[i], a, r)
+    if case.gated and importlib.util.find_spec("liger_kernel") is not None:
+        yield "liger", lambda a, r, i: _liger_half(layers[i], a, r)
+    compiled = torch.compile(op.compose, dynamic=False)
+    yield "torch.compile", lambda a, r, i: compiled(a, layers[i], r, None)
+    if M in MAX_AUTOTUNE_ROWS and case.name in MAX_AUTOTUNE_CASES:
+        tuned = torch.compile(op.compose, dynamic=False, mode="max-autotune-no-cudagraphs")
+        yield "max-autotune", lambda a, r, i: tuned(a, layers[i], r, None)
+
+
+def _triton_mlp(case: Case, weights: MLPWeights) -> TritonMLP:
+    config = MLPConfig(
+        hidden_size=case.hidden,
+        intermediate_size=case.intermediate,
+        dtype=weights.up.dtype,
+        activation=case.activation,
+        gated=case.gated,
+        norm=case.norm,
+        up_bias=case.bias,
+        down_bias=case.bias,
+    )
+    with torch.device("meta"):
+        mlp = TritonMLP(config).eval()
+    up = weights.up if weights.gate is None else torch.cat((weights.up, weights.gate))
+    mlp.inter_w = _parameter(up)
+    mlp.inter_b, mlp.output_b = _parameter(weights.up_bias), _parameter(weights.down_bias)
+    mlp.output_w = _parameter(weights.down)
+    mlp.attn_nw, mlp.attn_nb = _parameter(weights.norm_weight), _parameter(weights.norm_bias)
+    return mlp
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def _addmm_half(case: Case, w: MLPWeights, attention: Tensor, residual: Tensor) -> Tensor:
+    s = residual + attention
+    u = F.layer_norm(s, s.shape[-1:], w.norm_weight, w.norm_bias)
+    gelu = case.activation != "relu"
+    assert w.up_bias is not None
+    addmm = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
+    return s + F.linear(addmm(w.up_bias, u, w.up.t(), use_gelu=gelu), w.down, w.down_bias)
+
+
+def _transformers_modules(case: Case, w: MLPWeights) -> tuple[nn.LayerNorm, GPT2MLP]:
+    """GPT-2's own modules, on the same values: (in, out) weights, `gelu_new` as it computes it."""
+    with torch.device("meta"):
+        norm = nn.LayerNorm(case.hidden)
+        mlp = GPT2MLP(case.intermediate, GPT2Config(n_embd=case.hidden)).eval()
+    state = {
+        "c_fc.weight": w.up.t().contiguous(),
+        "c_fc.bias": w.up_bias,
+        "c_proj.weight": w.down.t().contiguous(),
+        "c_proj.bias": w.down_bias,
+    }
+    mlp.load_state_dict(state, assign=True)
+    norm.load_state_dict({"weight": w.norm_weight, "bias": w.norm_bias}, assign=True)
+    return norm, mlp
+
+
+def _transformers_half(
+    norm: nn.Module, mlp: nn.Module, attention: Tensor, residual: Tensor
+) -> Tensor:
+    s = residual + attention
+    return s + mlp(norm(s))
+
+
+def _liger_half(w: MLPWeights, attention: Tensor, residual: Tensor) -> Tensor:
+    ops = importlib.import_module("liger_kernel.ops")
+
+    assert w.gate is not None
+    u, s = ops.LigerFusedAddRMSNormFunction.apply(attention, residual, w.norm_weight, 1e-5)
+    hidden = ops.LigerSiLUMulFunction.apply(F.linear(u, w.gate), F.linear(u, w.up))
+    return s + F.linear(hidden, w.down)
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def bench_mlp(
+    cases: Iterable[str] = tuple(CASES),
+    rows: Iterable[int] = ROWS,
+    dtypes: Iterable[str] = ("float16", "bfloat16"),
+    *,
+    compiled: bool = True,
+    seconds: float = math.inf,
+    progress: Callable[[str], None] = lambda cell: None,
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Measure every cell (dtype, case, number of rows) on the current GPU.
+
+    compiled: also what torch.compile makes, which takes most of the time. After so many seconds
+    the remaining cells are listed as skipped. `progress` is told each cell before it is measured,
+    `save` gets the record after it. Times are in microseconds.
+    """
+    started = time.monotonic()
+    chosen = [CASES[name] for name in cases]
+    record: dict[str, Any] = {
+        "command": " ".join(["hf-triton-mlp", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "hf_triton_mlp": hf_triton_mlp.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "transformers": transformers.__version__,
+        },
+        "layer half": "a + r; norm; MLP; + (a + r), rotated over layers past the L2",
+        "ceilings": {},
+        "cells": [],
+        "skipped": [],
+    }
+    with torch.no_grad():
+        for name in dtypes:
+            dtype = getattr(torch, name)
+            record["ceilings"][name] = ceilings(dtype)._asdict()
+            for case in chosen:
+                layers = random_layers(case, dtype)
+                for M in rows:
+                    cell = f"{name} {case.name} M={M}"
+                    if time.monotonic() - started > seconds:
+                        record["skipped"].append(cell)
+                        continue
+                    progress(cell)
+                    measured = _cell(case, layers, M, compiled, record["ceilings"][name])
+                    record["cells"].append({"dtype": name, "case": case.name, "M": M, **measured})
+                    save(record)
+                del layers
+                gc.collect()
+                torch.cuda.empty_cache()
+    record["seconds"] = round(time.monotonic() - started, 1)
+    save(record)
+    return record
+
+
+def _cell(
+    case: Case, layers: list[MLPWeights], M: int, compiled: bool, ceiling: dict[str, float]
+) -> dict[str, Any]:
+    torch._dynamo.reset()
+    chain = Chain(case, layers, M)
+    graphs: dict[str, torch.cuda.CUDAGraph] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, half in peers(case, layers, M):
+        if name in COMPILED and not compiled:
+            continue
+        before = time.monotonic()
+        try:
+            chain.first(half)
+            found[name] = {"first_call_s": round(time.monotonic() - before, 3)}
+            if M <= HOST_ROWS:
+                found[name].update(_host(chain, half))
+            graphs[name] = chain.capture(half)
+        except Exception as error:  # a peer that cannot run this is a result too
+            if name == OURS:
+                raise
+            found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
+    ours = next(half for _, half in peers(case, layers, M))
+    error, own = chain.errors(case, layers[0], ours)
+    same_bits = torch.equal(chain.run(ours), chain.run(ours))
+    for name, times in device_times(graphs, chain.layers).items():
+        found[name]["device_us"] = {k: round(v, 3) for k, v in times._asdict().items()}
+    us = found[OURS]["device_us"]["median"]
+    others = {name: peer for name, peer in found.items() if "device_us" in peer and name != OURS}
+    best = min(others, key=lambda name: others[name]["device_us"]["median"])
+    # Weights once; the rows in, out and between.
+    values = case.weights + M * (3 * case.hidden + 2 * case.intermediate)
+    tb_s = values * layers[0].up.dtype.itemsize / us / 1e6
+    tflop_s = 2 * case.weights * M / us / 1e6
+    return {
+        "peers": found,
+        "plans": [
+            str(plan_linear(M, layers[0].up, gated=case.gated)),
+            str(plan_linear(M, layers[0].down)),
+        ],
+        "tb_s": round(tb_s, 3),
+        "tflop_s": round(tflop_s, 1),
+        "of_read_ceiling": round(tb_s / ceiling["read_tb_s"], 3),
+        "of_product_ceiling": round(tflop_s / ceiling["product_tflop_s"], 3),
+        "best_other": best,
+        "speedup": round(others[best]["device_us"]["median"] / us, 3),
+        "error_over_torch": round(error / own, 2),
+        "same_bits": same_bits,
+    }
+
+
+def _host(chain: Chain, half: LayerHalf) -> dict[str, float]:
+    """What one eager call costs the host, and how long it takes in all, in microseconds."""
+    host, wall = [], []
+    # So few that the queue of launches does not fill up, which would make the host wait.
+    calls = max(1, 60 // chain.layers)
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            chain.run(half)
+        host.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        wall.append(time.perf_counter() - start)
+    each = 1e6 / (calls * chain.layers)
+    return {
+        "host_us": round(statistics.median(host) * each, 2),
+        "wall_us": round(statistics.median(wall) * each, 2),
+    }
+
+
+# --- showing ----------------------------------------------------------------------------------
+
+
+def geometric_means(record: dict[str, Any]) -> dict[str, float]:
+    """Speedups over the best other, by numbers of rows."""
+    groups = {"M <= 16": (1, 16), "M = 32-128": (32, 128), "M >= 512": (512, 2**30)}
+    means = {}
+    for name, (least, most) in groups.items():
+        speedups = [c["speedup"] for c in record["cells"] if least <= c["M"] <= most]
+        if speedups:
+            means[name] = round(statistics.geometric_mean(speedups), 3)
+    return means
+
+
+def _columns(record: dict[str, Any], dtype: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table: µs of ours and of the best other, and the ratio."""
+    cells = {(c["case"], c["M"]): c for c in record["cells"] if c["dtype"] == dtype}
+    cases = list(dict.fromkeys(case for case, _ in cells))
+    rows = []
+    for M in sorted({M for _, M in cells}):
+        row = [str(M)]
+        for case in cases:
+            cell = cells.get((case, M))
+            if cell is None:
+                row.append("-")
+                continue
+            ours, best = (
+                cell["peers"][name]["device_us"]["median"] for name in (OURS, cell["best_other"])
+            )
+            row.append(f"{ours:.4g} / {best:.4g} ({cell['speedup']:.2f} x)")
+        rows.append(row)
+    return ["rows", *cases], rows
+
+
+def table(record: dict[str, Any], dtype: str) -> Table:
+    """For a terminal: µs of ours, of the best of the others, and how many times faster."""
+    header, rows = _columns(record, dtype)
+    shown = Table(*header, title=f"{record['device']}, {dtype}: µs, ours / best other", box=SIMPLE)
+    for row in rows:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(record: dict[str, Any], dtype: str) -> str:
+    """The same for a README."""
+    header, rows = _columns(record, dtype)
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)
+    )
+
+
+def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
+    """Speedup of ours over every peer, per case, against the number of rows."""
+    from matplotlib.figure import Figure
+
+    cells = [c for c in record["cells"] if c["dtype"] == dtype]
+    cases = list(dict.fromkeys(c["case"] for c in cells))
+    columns = min(3, len(cases))
+    figure = Figure(figsize=(4.2 * columns, 3.2 * -(-len(cases) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(cases) // columns), columns, squeeze=False, sharey=True).flat
+    names = list(dict.fromkeys(name for c in cells for name in c["peers"] if name != OURS))
+    for case, axis in zip(cases, axes, strict=False):
+        for i, name in enumerate(names):
+            points = [
+                (c["M"], c["peers"][name]["device_us"]["median"])
+                for c in cells
+                if c["case"] == case and "device_us" in c["peers"].get(name, {})
+            ]
+            ours = {
+                c["M"]: c["peers"][OURS]["device_us"]["median"] for c in cells if c["case"] == case
+            }
+            if points:
+                axis.plot([M for M, _ in points], [us / ours[M] for M, us in points], "o-",
+                          color=f"C{i}", label=name, markersize=3)  # fmt: skip
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=case, xscale="log", xlabel="rows (tokens)")
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    for axis in list(axes)[len(cases) :]:
+        axis.set_visible(False)
+    figure.supylabel("time of others / ours")
+    figure.legend(*_legend(figure), loc="outside lower center", ncols=len(names))
+    figure.suptitle(f"{record['device']}, {dtype}: residual + norm + MLP + residual")
+    figure.savefig(path, dpi=130)
+
+
+def _legend(figure: Any) -> tuple[list[Any], list[str]]:
+    entries = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    return list(entries.values()), list(entries)
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """One cell a line, so that a diff shows which changed."""
+    head = {key: value for key, value in record.items() if key != "cells"}
+    cells = ",\n".join("  " + json.dumps(cell) for cell in record["cells"])
+    text = json.dumps({**head, "geometric_means": geometric_means(record)}, indent=1)
+    path.write_text(f'{text[:-2]},\n "cells": [\n{cells}\n ]\n}}\n')

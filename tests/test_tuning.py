@@ -1,0 +1,285 @@
+"""Plans: what is chosen without measurements, what tables may say, and how a GPU is measured."""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+import triton
+
+from hf_triton_mlp import autotune, patch_model, patch_report, tuning
+from hf_triton_mlp.autotune import candidates, cases_of, linears
+from hf_triton_mlp.measure import CASES, Case, random_layers
+from hf_triton_mlp.tuning import Linear, Plan, choose, parse, save
+
+HALF = torch.float16
+AMPERE, ADA, HOPPER = (8, 0), (8, 9), (9, 0)
+GPU = "NVIDIA GeForce RTX 4090"
+A_LINEAR = Linear(1, 3072, 768, HALF)
+A_PLAN = Plan(kernel="skinny", block_n=4, block_k=512, num_warps=8)
+
+#: Sizes of many shapes: tiny, odd, the cases', very wide.
+SIZES = [(17, 33), (768, 768), (3072, 768), (768, 3072), (16384, 4096), (4096, 16384), (50272, 512)]
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where the user's table is looked for; there is none yet."""
+    path = tmp_path / "plans.json"
+    monkeypatch.setenv(tuning.PLANS_VARIABLE, str(path))
+    tuning.forget()
+    yield path
+    tuning.forget()
+
+
+def linear_layers() -> list[Linear]:
+    return [
+        Linear(M, N, K, dtype, k_contiguous, gated)
+        for M in (1, 2, 4, 5, 16, 17, 64, 65, 128, 129, 8192)
+        for N, K in SIZES
+        for dtype in (torch.float32, torch.float16, torch.bfloat16)
+        for k_contiguous in (True, False)
+        for gated in (True, False)
+    ]
+
+
+# --- without measurements ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [AMPERE, ADA, HOPPER])
+def test_every_size_has_a_plan_that_fits(capability: tuple[int, int]) -> None:
+    for linear in linear_layers():
+        plan = choose(linear, capability)
+        plan.check(linear.M, linear.dtype)
+        assert plan.pdl == (capability == HOPPER)
+        assert plan == choose(linear, capability)
+        # Ampere without a data-centre part has 99 KiB of shared memory a block.
+        size, weights = linear.dtype.itemsize, plan.block_n * (2 if linear.gated else 1)
+        if plan.kernel in ("tiled", "decode"):
+            stage = plan.slices * plan.block_k * (plan.block_m + weights) * size
+            assert stage * plan.num_stages <= 99 * 1024, (linear, plan)
+        if plan.kernel == "skinny":
+            # More than 128 weights a thread would not stay in registers.
+            assert weights * plan.block_k <= 128 * 32 * plan.num_warps, (linear, plan)
+
+
+def test_decode_needs_few_launches() -> None:
+    for linear in linear_layers():
+        if linear.M <= tuning.DECODE_ROWS:
+            plan = choose(linear, HOPPER)
+            assert plan.splits == 1 and plan.kernel != "library"
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "text"),
+    [
+        ({"kernel": "magic"}, 1, "'magic' is no kernel for 1 rows"),
+        ({"kernel": "skinny"}, 5, "'skinny' is no kernel for 5 rows"),
+        ({"kernel": "decode", "block_m": 4}, 8, "'decode' is no kernel for 8 rows"),
+        ({"kernel": "library"}, 16, "'library' is no kernel for 16 rows"),
+        ({"block_n": 3}, 1, "block_n must be a power of two, found 3"),
+        ({"block_k": 64.0}, 1, "block_k must be a power of two, found 64.0"),
+        ({"num_warps": 0}, 1, "num_warps must be a power of two, found 0"),
+        ({"lines": -1}, 1, "lines must be from 0 to 1024, found -1"),
+        ({"splits": 64}, 1, "splits must be from 1 to 32, found 64"),
+        ({"pdl": 1}, 1, "pdl must be true or false, found 1"),
+    ],
+)
+def test_a_plan_that_cannot_run(change: dict[str, Any], rows: int, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        replace(A_PLAN, **change).check(rows, HALF)
+
+
+def test_decode_is_not_for_float32() -> None:
+    with pytest.raises(ValueError, match="no kernel for 2 rows"):
+        Plan(kernel="decode", block_m=2).check(2, torch.float32)
+
+
+# --- tables -----------------------------------------------------------------------------------
+
+
+def test_a_saved_plan_is_used(table: Path) -> None:
+    assert tuning.plan(A_LINEAR, GPU, ADA) == choose(A_LINEAR, ADA) != A_PLAN
+    save(table, GPU, {A_LINEAR.key: A_PLAN})
+    assert tuning.plan(A_LINEAR, GPU, ADA) == A_PLAN
+    assert tuning.plan(A_LINEAR._replace(dtype=torch.bfloat16), GPU, ADA) == A_PLAN
+    for other in (
+        A_LINEAR._replace(M=2),
+        A_LINEAR._replace(N=3073),
+        A_LINEAR._replace(gated=True),
+        A_LINEAR._replace(k_contiguous=False),
+        A_LINEAR._replace(dtype=torch.float32),
+    ):
+        assert tuning.plan(other, GPU, ADA) == choose(other, ADA)
+    assert tuning.plan(A_LINEAR, "NVIDIA A100", AMPERE) == choose(A_LINEAR, AMPERE)
+
+
+def test_rows_between_take_the_next_larger_plan(table: Path) -> None:
+    tiled = Plan(kernel="tiled", block_m=64, block_n=64, block_k=64)
+    save(table, GPU, {A_LINEAR._replace(M=64).key: tiled})
+    for M in (33, 50, 64):
+        assert tuning.plan(A_LINEAR._replace(M=M), GPU, ADA) == tiled
+    assert tuning.plan(A_LINEAR._replace(M=65), GPU, ADA) != tiled
+
+
+def test_tables_are_merged(table: Path) -> None:
+    other = A_LINEAR._replace(M=2)
+    decode = Plan(kernel="decode", block_m=2, block_n=16, block_k=64)
+    save(table, "NVIDIA A100", {A_LINEAR.key: A_PLAN})
+    save(table, GPU, {A_LINEAR.key: A_PLAN})
+    save(table, GPU, {other.key: decode})
+    assert parse(json.loads(table.read_text()), GPU) == {A_LINEAR.key: A_PLAN, other.key: decode}
+    assert parse(json.loads(table.read_text()), "NVIDIA A100") == {A_LINEAR.key: A_PLAN}
+    assert [path.name for path in table.parent.iterdir()] == [table.name]
+
+
+def test_a_table_is_replaced_in_one_step(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(table, GPU, {A_LINEAR.key: A_PLAN})
+    before = table.read_text()
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(json, "dump", fails)
+    with pytest.raises(OSError, match="no space"):
+        save(table, GPU, {A_LINEAR._replace(M=4).key: A_PLAN})
+    assert table.read_text() == before
+    assert [path.name for path in table.parent.iterdir()] == [table.name]
+
+
+def damaged(content: dict[str, Any]) -> dict[str, Any]:
+    content["devices"][GPU]["plans"][A_LINEAR.key]["block_n"] = "four"
+    return content
+
+
+def other_format(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "format": 99}
+
+
+def other_triton(content: dict[str, Any]) -> dict[str, Any]:
+    content["devices"][GPU]["triton"] = "2.0.0"
+    return content
+
+
+def other_gpu(content: dict[str, Any]) -> dict[str, Any]:
+    return {**content, "devices": {"NVIDIA A100": content["devices"][GPU]}}
+
+
+def unknown_field(content: dict[str, Any]) -> dict[str, Any]:
+    content["devices"][GPU]["plans"][A_LINEAR.key]["colour"] = "red"
+    return content
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (damaged, "block_n must be a power of two, found 'four'"),
+        (other_format, "format 99, not 1"),
+        (other_triton, f"for Triton 2.0.0, not {triton.__version__}"),
+        (other_gpu, f"for NVIDIA A100, not {GPU}"),
+        (unknown_field, "colour"),
+        (lambda content: [1, 2], "list indices"),
+        (lambda content: {"format": 1}, "devices"),
+        (None, "Expecting value"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_table_that_does_not_fit_is_ignored_with_one_warning(
+    table: Path, change: Any, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(table, GPU, {A_LINEAR.key: A_PLAN})
+    content = json.loads(table.read_text())
+    table.write_text("" if change is None else json.dumps(change(content)))
+    with caplog.at_level(logging.WARNING):
+        for M in (1, 2, 3):
+            linear = A_LINEAR._replace(M=M)
+            assert tuning.plan(linear, GPU, ADA) == choose(linear, ADA)
+    ignored = [record.getMessage() for record in caplog.records if "ignored" in record.getMessage()]
+    assert len(ignored) == 1 and str(table) in ignored[0] and text in ignored[0]
+    save(table, GPU, {A_LINEAR.key: A_PLAN})  # and tuning again repairs it
+    assert tuning.plan(A_LINEAR, GPU, ADA) == A_PLAN
+
+
+def test_one_hint_for_a_gpu_that_nobody_measured(
+    table: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        for M in (1, 2, 3):
+            tuning.plan(A_LINEAR._replace(M=M), GPU, ADA)
+    (record,) = caplog.records
+    assert "hf-triton-mlp tune" in record.getMessage() and GPU in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA H100 PCIe"])
+def test_the_measured_table(table: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    found = 0
+    for case in CASES.values():
+        for M in autotune.ROWS:
+            for linear in linears(case, M, HALF):
+                plan = tuning.plan(linear, name, HOPPER)
+                plan.check(M, HALF)
+                found += plan != choose(linear, HOPPER)
+    assert found > 50 and not caplog.records
+    save(table, name, {A_LINEAR.key: A_PLAN})  # what the user measured comes first
+    assert tuning.plan(A_LINEAR, name, HOPPER) == A_PLAN
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_candidates_can_run(conv1d: bool) -> None:
+    for case in (*CASES.values(), Case("odd", 33, 100), Case("gated", 100, 33, gated=True)):
+        for M in autotune.ROWS:
+            for linear in linears(replace(case, conv1d=conv1d), M, HALF):
+                for capability, processors in ((AMPERE, 108), (HOPPER, 132)):
+                    plans = candidates(linear, capability, processors)
+                    assert len(set(plans)) == len(plans) <= 160
+                    for plan in plans:
+                        plan.check(M, HALF)
+                        assert plan.pdl == (capability == HOPPER)
+
+
+def test_cases_of_a_model() -> None:
+    with torch.device("meta"):
+        model = tiny.build("gpt2")
+    (case,) = cases_of(model, "tiny")
+    up = model.transformer.h[0].mlp.c_fc.weight
+    assert (case.hidden, case.intermediate) == tuple(up.shape) and case.conv1d
+    layer = random_layers(case, torch.float32, "cpu")[0]
+    assert layer.up.shape == up.t().shape and layer.up.stride() == up.t().stride()
+    (case,) = cases_of(tiny.build("opt"), "tiny")
+    assert case.activation == "relu" and not case.conv1d and case.bias
+
+
+@pytest.mark.gpu
+def test_tune(table: Path) -> None:
+    case, rows = Case("small", 256, 512), (1, 4, 32)
+    seen: list[str] = []
+    found = autotune.tune(
+        [case], HALF, table, rows=rows, processes=4, progress=lambda what, *_: seen.append(what)
+    )
+    assert {"compiling kernels", "measuring"} == set(seen)
+    plans = parse(json.loads(table.read_text()), torch.cuda.get_device_name())
+    assert len(found) == len(rows) and len(plans) == 2 * len(rows)
+    for case, M, measured in found:
+        up, down = linears(case, M, HALF)
+        assert plans[up.key] == measured.up and plans[down.key] == measured.down
+        assert 0 < measured.us < 1000
+        # Every candidate runs; none is wrong.
+        assert {what for what, _, _ in measured.tried} == {"up", "down"}
+        assert tuning.plan(up, torch.cuda.get_device_name(), HOPPER) == measured.up
+
+
+@pytest.mark.gpu
+def test_patched_models_use_the_table(table: Path) -> None:
+    model = patch_model(tiny.build("opt").half().cuda())
+    up = model.model.decoder.layers[0].fc1.weight
+    plan = Plan(kernel="skinny", block_n=1, block_k=16, num_warps=1)
+    save(table, torch.cuda.get_device_name(), {Linear(1, *up.shape, HALF).key: plan})
+    assert "skinny 1x1x16, 1 warps" in str(patch_report(model))
