@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hf_triton_mlp.kernels.prefetch import prefetch_vector
+
 
 @triton.jit
 def load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask):
@@ -51,14 +53,22 @@ def statistics_of_row(
 
 
 @triton.jit
+def load_affine(norm_w_ptr, norm_b_ptr, offs, mask):
+    """(norm_w, norm_b) at `offs` as they are stored; ones and zeros for None."""
+    scale = tl.full(offs.shape, 1.0, tl.float32)
+    shift = tl.zeros(offs.shape, tl.float32)
+    if norm_w_ptr is not None:
+        scale = tl.load(norm_w_ptr + offs, mask=mask, other=0.0)
+    if norm_b_ptr is not None:
+        shift = tl.load(norm_b_ptr + offs, mask=mask, other=0.0)
+    return scale, shift
+
+
+@triton.jit
 def normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask):
     """(s - mean) * rstd * norm_w + norm_b; norm_w and norm_b may be None."""
-    u = (s - mean) * rstd
-    if norm_w_ptr is not None:
-        u = u * tl.load(norm_w_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if norm_b_ptr is not None:
-        u += tl.load(norm_b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return u
+    scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask)
+    return (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
 
 
 @triton.jit
@@ -101,14 +111,18 @@ def norm_kernel(
     if add_ptr is not None:
         add_ptr += row * stride_add
     if PDL:
+        if ONE_BLOCK and row == 0:
+            prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
+            prefetch_vector(norm_b_ptr, 0, K, BLOCK_K)
         gdc_wait()
         gdc_launch_dependents()
     if ONE_BLOCK:
         offs = tl.arange(0, BLOCK_K)
         mask = offs < K
         s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
+        scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask)
         mean, rstd = statistics_of_values(s, mask, K, eps, NORM)
-        u = normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask)
+        u = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
         tl.store(out_ptr + row * K + offs, u.to(out_ptr.dtype.element_ty), mask=mask)
         if carry_ptr is not None:
             carried = u if CARRY_NORMED else s

@@ -5,8 +5,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import activate
-from hf_triton_mlp.kernels.norm import load_sum, normalize, statistics_of_row, statistics_of_values
-from hf_triton_mlp.kernels.prefetch import prefetch_weights
+from hf_triton_mlp.kernels.norm import (
+    load_affine,
+    load_sum,
+    normalize,
+    statistics_of_row,
+    statistics_of_values,
+)
+from hf_triton_mlp.kernels.prefetch import prefetch_vector, prefetch_weights
 
 
 @triton.jit
@@ -115,8 +121,15 @@ def skinny_linear_kernel(
     if PDL:
         if WAITED:
             w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
+            b = load_vector(b_ptr, offs_n, mask_n)
             gdc_wait()
         else:
+            prefetch_vector(b_ptr, pid_n * BLOCK_N, N, BLOCK_N)
+            if ONE_BLOCK and NORM is not None:
+                # Every program reads all of these: one asks for them.
+                if pid_n == 0:
+                    prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
+                    prefetch_vector(norm_b_ptr, 0, K, BLOCK_K)
             if LINES > 0:
                 first_n = pid_n * BLOCK_N
                 prefetch_weights(
@@ -136,31 +149,42 @@ def skinny_linear_kernel(
                     )
             gdc_wait()
             w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
+            b = load_vector(b_ptr, offs_n, mask_n)
         gdc_launch_dependents()
     else:
         w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
+        b = load_vector(b_ptr, offs_n, mask_n)
     if gate_w_ptr is not None:
         g_rows = gate_w_ptr + offs_n.to(tl.int64) * stride_gn
         g = load_weights(g_rows, offs_k, stride_gk, mask_n, K, EVICT)
 
     # What the epilogue adds is asked for now, so that it is there in time.
-    b = load_vector(b_ptr, offs_n, mask_n)
     gate_b = load_vector(gate_b_ptr, offs_n, mask_n)
     summand = tl.zeros((BLOCK_N,), tl.float32)
     if NORM is None:
         summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, offs_n, mask_n)
 
-    mean = 0.0
-    rstd = 1.0
-    if ONE_BLOCK:
-        mask_k = offs_k < K
-        if NORM is not None:
+    mask_k = offs_k < K
+    if NORM is not None:
+        # Every program writes a few columns of the carry; CARRY_BLOCK is K over programs.
+        offs_c = pid_n * CARRY_BLOCK + tl.arange(0, CARRY_BLOCK)
+        mask_c = offs_c < K
+        carry = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_c, mask_c)
+        if ONE_BLOCK:
             s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
+            scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs_k, mask_k)
             mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
-            x = normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k)
+            x = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
             x = tl.where(mask_k, x, 0.0)
         else:
-            x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+            mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
+        if CARRY_NORMED:
+            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
+        tl.store(carry_ptr + row * K + offs_c, carry.to(carry_ptr.dtype.element_ty), mask=mask_c)
+    elif ONE_BLOCK:
+        x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+
+    if ONE_BLOCK:
         blocks = tl.cdiv(N, BLOCK_N)
         for block in range(pid_n, blocks, PROGRAMS if PROGRAMS > 0 else blocks):
             offs = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -190,8 +214,6 @@ def skinny_linear_kernel(
                 if NORM is None:
                     summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, next_n, next_n < N)
     else:
-        if NORM is not None:
-            mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         gate_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for k in range(0, K, BLOCK_K):
@@ -217,13 +239,3 @@ def skinny_linear_kernel(
             gate += tl.sum(gate_acc, axis=1)
         gated: tl.constexpr = gate_w_ptr is not None
         finish(y, gate, summand, out_ptr + row * N, offs_n, mask_n, gated, ACTIVATION)
-
-    if NORM is not None:
-        # Every program writes a few columns of the carry; CARRY_BLOCK is K over programs.
-        offs_c = pid_n * CARRY_BLOCK + tl.arange(0, CARRY_BLOCK)
-        mask_c = offs_c < K
-        carry = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_c, mask_c)
-        if CARRY_NORMED:
-            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
-        carry_row = carry_ptr + row * K
-        tl.store(carry_row + offs_c, carry.to(carry_ptr.dtype.element_ty), mask=mask_c)
