@@ -31,7 +31,7 @@ ROWS = tuple(1 << i for i in range(9))
 
 
 def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> list[Plan]:
-    """The plans to measure for 16-bit weights, few enough to try them all.
+    """The plans to measure for 16-bit weights stored (out, in), few enough to try them all.
 
     processors: how many multiprocessors the GPU has.
     """
@@ -51,25 +51,19 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
 
 def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
     wide, depth = linear.N > linear.K, triton.next_power_of_2(linear.K)
-    if not linear.k_contiguous:
-        # 16 columns of 2 bytes are one 32-byte sector of DRAM.
-        for n, k, warps in itertools.product((16, 32, 64), (64, 128, 256, 512), (4, 8)):
-            if linear.M == 1 and 16 <= n * k * gates // (32 * warps) <= 128:
-                yield Plan(kernel="skinny", block_n=n, block_k=k, num_warps=warps, pdl=pdl)
-        return
     # Asking the L2 for every weight early pays where the launch before takes as long.
     small = pdl and wide and linear.N * linear.K * gates <= 2**24
-    depths = sorted({min(k, depth) for k in (1024, 2048, 4096, depth if wide else 0)} - {0})
-    for n, k, warps in itertools.product((1, 2, 4, 8, 16), depths, (4, 8)):
+    depths = {min(k, depth) for k in (1024, 2048, 4096)} | ({depth} if depth <= 16384 else set())
+    if linear.M > 1:
+        depths = {depth} if wide else {min(depth, 4096)}
+    for n, k, warps in itertools.product((1, 2, 4, 8, 16), sorted(depths), (4, 8, 16)):
         # From 16 to 128 weights a thread, half where the next ones wait beside them.
         weights = n * k * gates // (32 * warps)
-        shares = (0,)
-        if k == depth and wide:
-            shares = (0, *(processors * i for i in (1, 2, 3, 4, 6)))
-        if linear.M > 1 and not ((wide and k == depth) or (not wide and k == min(depth, 4096))):
+        shares = (0, *(processors * i for i in (1, 2, 3, 4, 6))) if k == depth else (0,)
+        if (not wide and n > 8) or (warps == 16 and k < 8192):
             continue
         for programs in shares:
-            if not 16 <= weights <= (64 if programs else 128) or (not wide and n > 8):
+            if not 16 <= weights <= (64 if programs else 128):
                 continue
             for lines in (0, depth // 64) if small else (0,):
                 yield Plan(
@@ -87,9 +81,7 @@ def _decode(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
     shapes = ((64, 4, 3), (64, 4, 4), (128, 4, 3), (64, 8, 3))
     for n, (k, slices, stages) in itertools.product((8, 16, 32, 64), shapes):
         stage = slices * k * (n * gates + linear.M) * 2
-        if stage * stages > 200 * 1024 or -(-linear.N // n) < (48 if linear.k_contiguous else 24):
-            continue
-        if n < 16 and not linear.k_contiguous:
+        if stage * stages > 200 * 1024 or -(-linear.N // n) < 48:
             continue
         for lines in (0, 16) if pdl else (0,):
             yield Plan(
@@ -186,8 +178,8 @@ def layer_half(
 
 def linears(case: Case, M: int, dtype: torch.dtype) -> tuple[Linear, Linear]:
     """The two linear layers (up with its gate, down)."""
-    up = Linear(M, case.intermediate, case.hidden, dtype, not case.conv1d, case.gated)
-    return up, Linear(M, case.hidden, case.intermediate, dtype, not case.conv1d)
+    up = Linear(M, case.intermediate, case.hidden, dtype, gated=case.gated)
+    return up, Linear(M, case.hidden, case.intermediate, dtype)
 
 
 def compile_kernels(
@@ -205,7 +197,7 @@ def compile_kernels(
             for plan in candidates(linear, *kind):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
                 shape = linear if plan.kernel == "skinny" else min(linear.M, 17)
-                key = (i, case.activation, case.norm, case.gated, case.conv1d, aligned, shape, plan)
+                key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
                 jobs.setdefault(key, (case, M, i, plan))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         futures = [pool.submit(_compile, *job, dtype) for job in jobs.values()]
@@ -278,9 +270,8 @@ def cases_of(model: nn.Module, name: str) -> list[Case]:
             config.norm or "layer_norm",
             config.gated,
             config.up_bias,
-            conv1d,
         )
-        for config, conv1d in mlp_configs(model)
+        for config in mlp_configs(model)
     ]
 
 

@@ -18,10 +18,7 @@ ROTATED_BYTES = 300_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """The MLP of a model: sizes and what stands around the products.
-
-    conv1d: its weights are stored (in, out), as GPT-2's.
-    """
+    """The MLP of a model: sizes and what stands around the products."""
 
     name: str
     hidden: int
@@ -30,7 +27,6 @@ class Case:
     norm: str = "layer_norm"
     gated: bool = False
     bias: bool = True
-    conv1d: bool = False
 
     @property
     def weights(self) -> int:
@@ -56,9 +52,8 @@ def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(out: int, inp: int) -> Tensor:
-        shape = (inp, out) if case.conv1d else (out, inp)
-        values = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        return values.div_(inp**0.5).t() if case.conv1d else values.div_(inp**0.5)
+        values = torch.randn(out, inp, generator=generator, device=device, dtype=dtype)
+        return values.div_(inp**0.5)
 
     def vector(size: int, present: bool = True, around: float = 0.0) -> Tensor | None:
         values = torch.randn(size, generator=generator, device=device, dtype=dtype)

@@ -112,6 +112,20 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
 
 
+def stored_by_output(projection: nn.Module) -> Tensor | None:
+    """A copy of a Conv1D's weight (in, out) with strides (1, in); None where that is not wanted.
+
+    Not wanted: another layer, one that must be called, a weight that shares its memory.
+    """
+    if type(projection) is not Conv1D or read_projection(projection) is None:
+        return None
+    weight = projection.weight
+    if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.nbytes:
+        return None
+    with torch.inference_mode(False):
+        return weight.data.t().contiguous().t()
+
+
 class BoundParts:
     """Decode launches, and the modules whose parameters they have the addresses of."""
 
@@ -261,17 +275,39 @@ class TritonMLP(nn.Module):
 
     @classmethod
     def adopt(cls, module: nn.Module, config: MLPConfig, *, up: str, down: str) -> None:
-        """Turn an `original_class` module into this subclass: same object, children and hooks."""
+        """Turn an `original_class` module into this subclass: same object, children and hooks.
+
+        Conv1D weights (in, out) keep their values and shape, but lie in memory as nn.Linear's do:
+        each output's weights together, which is how the kernels read fastest.
+        """
+        rows = {name: stored_by_output(getattr(module, name)) for name in (up, down)}
         change_class(module, cls)
         assert isinstance(module, TritonMLP)
         module._configure(config)
         module.projection_names = (up, None, down)
         module._adopted = {name: type(child) for name, child in module._modules.items()}
+        for name, weight in rows.items():
+            if weight is not None:
+                getattr(module, name).weight.data = weight
+                module._stored_by_output.append(name)
 
     def release(self) -> None:
         """Undo `adopt`."""
         assert self.original_class is not None
-        for name in ("config", "projection_names", "_gelu_gemm", "_mlp_gemm", "_bound", "_adopted"):
+        for name in self._stored_by_output:
+            weight = getattr(getattr(self, name), "weight", None)
+            if isinstance(weight, Tensor) and not weight.is_contiguous():
+                with torch.inference_mode(False):
+                    weight.data = weight.data.contiguous()
+        for name in (
+            "config",
+            "projection_names",
+            "_gelu_gemm",
+            "_mlp_gemm",
+            "_bound",
+            "_adopted",
+            "_stored_by_output",
+        ):
             delattr(self, name)
         change_class(self, self.original_class)
 
@@ -279,6 +315,7 @@ class TritonMLP(nn.Module):
         self.config = config
         self._bound: BoundParts | None = None
         self._adopted: dict[str, type] = {}
+        self._stored_by_output: list[str] = []
         self.projection_names: tuple[str | None, ...] | None = None
         self._gelu_gemm = GELUGemmOp(activation=config.activation)
         self._mlp_gemm = MLPGemmOp(

@@ -19,7 +19,6 @@ from transformers.activations import (
     ReLUSquaredActivation,
     SiLUActivation,
 )
-from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
@@ -156,20 +155,20 @@ def patch_model(
     """
     if depth not in ("layer", "mlp"):
         raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
-    found = list(_decoder_layers(model))
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports; "
-            f"supported: {_supported()}"
-        )
+    found = _supported_layers(model)
     chosen = _select([name for name, _, _ in found], include, exclude)
     swaps = [
         _check_layer(spec, name, layer, depth)
         for name, layer, spec in found
         if name in chosen and not _is_patched(name, layer, spec, depth)
     ]
-    for swap in swaps:
-        _install(swap)
+    try:
+        for swap in swaps:
+            _install(swap)
+    except BaseException:  # no memory for one weight, or interrupted
+        for swap in swaps:
+            _uninstall(swap.layer, swap.spec)
+        raise
     return model
 
 
@@ -204,18 +203,12 @@ def patch_report(model: nn.Module) -> PatchReport:
     return PatchReport(tuple(_row(*found) for found in _decoder_layers(model)))
 
 
-def mlp_configs(model: nn.Module) -> list[tuple[MLPConfig, bool]]:
-    """The different MLPs of an unpatched model, each with whether its weights are a Conv1D's.
-
-    Raises ValueError as patch_model does.
-    """
-    found: dict[tuple[MLPConfig, bool], None] = {}
-    for name, layer, spec in _decoder_layers(model):
-        swap = _check_layer(spec, name, layer, "layer")
-        found[swap.config, isinstance(spec.projections(layer)[0], Conv1D)] = None
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no decoder layer that is supported")
-    return list(found)
+def mlp_configs(model: nn.Module) -> list[MLPConfig]:
+    """The different MLPs of an unpatched model; raises ValueError as patch_model does."""
+    swaps = [
+        _check_layer(spec, name, layer, "layer") for name, layer, spec in _supported_layers(model)
+    ]
+    return list(dict.fromkeys(swap.config for swap in swaps))
 
 
 # --- find -------------------------------------------------------------------------------------
@@ -229,8 +222,16 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MLPSpec]
                 yield name, module, spec
 
 
-def _supported() -> str:
-    return ", ".join(f"{spec.family} ({spec.layer_class.__name__})" for spec in specs())
+def _supported_layers(model: nn.Module) -> list[tuple[str, nn.Module, MLPSpec]]:
+    """_decoder_layers; ValueError when there is none."""
+    found = list(_decoder_layers(model))
+    if not found:
+        supported = ", ".join(f"{spec.family} ({spec.layer_class.__name__})" for spec in specs())
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports; "
+            f"supported: {supported}"
+        )
+    return found
 
 
 def _select(

@@ -123,7 +123,7 @@ class Plan:
 class Linear(NamedTuple):
     """What a plan is for: rows x (M, K) times W (N, K), all in one dtype.
 
-    k_contiguous: W is stored (out, in), as nn.Linear does; False for GPT-2's Conv1D.
+    k_contiguous: W is stored (out, in), as nn.Linear does; False for Conv1D's (in, out).
     gated: a second weight gates the result.
     """
 
@@ -183,16 +183,24 @@ def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
     """Rows of weights in long runs, enough programs to keep every multiprocessor reading."""
     if not linear.k_contiguous:
         # 16 columns of 2 bytes are one 32-byte sector of DRAM.
-        return Plan(kernel="skinny", block_n=16, block_k=256, num_warps=8, pdl=pdl)
-    depth = triton.next_power_of_2(linear.K)
-    if linear.N <= linear.K:
-        return Plan(kernel="skinny", block_n=2, block_k=min(depth, 4096), pdl=pdl)
+        return Plan(kernel="skinny", block_n=16, block_k=512, num_warps=4, pdl=pdl)
+    # A row in registers as a whole spares loops, and a second pass for the norm's statistics.
+    depth = max(triton.next_power_of_2(linear.K), 256)
+    warps = 4 if depth <= 4096 else 8
+    if linear.N <= linear.K and depth <= 16384:
+        return Plan(kernel="skinny", block_n=2, block_k=depth, num_warps=warps, pdl=pdl)
+    if depth > 8192:
+        return Plan(kernel="skinny", block_n=1, block_k=4096, num_warps=8, pdl=pdl)
     if linear.gated:
         return Plan(kernel="skinny", block_n=1, block_k=min(depth, 4096), num_warps=8, pdl=pdl)
-    # A row in registers as a whole spares a second pass for the norm's statistics.
-    block_k = max(depth, 256) if depth <= 4096 else 1024
-    block_n = min(8, 8192 // block_k) if depth <= 4096 else 4
-    return Plan(kernel="skinny", block_n=block_n, block_k=block_k, pdl=pdl)
+    return Plan(
+        kernel="skinny",
+        block_n=max(2, min(8, 8192 // depth)),
+        block_k=depth,
+        num_warps=warps,
+        programs=4 * BUSY_PROGRAMS if depth > 4096 else 0,
+        pdl=pdl,
+    )
 
 
 def _choose_decode(linear: Linear, pdl: bool) -> Plan:

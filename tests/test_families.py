@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_triton_mlp import ops, patch_model, patch_report
+from hf_triton_mlp import launchers, ops, patch_model, patch_report
 from hf_triton_mlp.kernels import INTERPRETED
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -283,17 +284,19 @@ def test_autocast(family: str, device: str) -> None:
 
 
 class Launches:
-    """Counts the linear launches of the operations."""
+    """Counts the linear layers that the operations launch."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        launch = ops.linear
+        for module, name, linears in ((ops, "linear", 1), (launchers, "normed_mlp", 2)):
+            monkeypatch.setattr(module, name, self.counted(getattr(module, name), linears))
 
-        def counted(*arguments: Any, **keywords: Any) -> torch.Tensor:
-            self.count += 1
+    def counted(self, launch: Callable[..., torch.Tensor], linears: int) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> torch.Tensor:
+            self.count += linears
             return launch(*arguments, **keywords)
 
-        monkeypatch.setattr(ops, "linear", counted)
+        return call
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def tree(model: nn.Module) -> list[tuple[Any, ...]]:
             type(module),
             tuple(sorted(module.__dict__)),
             tuple((key, id(child)) for key, child in module._modules.items()),
-            tuple((key, id(parameter)) for key, parameter in module._parameters.items()),
+            tuple((key, id(p), p is None or p.stride()) for key, p in module._parameters.items()),
             module.training,
         )
         for name, module in model.named_modules()
@@ -82,14 +83,58 @@ def test_patching_twice_is_a_no_op(family: str, depth: str) -> None:
 @pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_parameters_are_the_same_objects_under_the_same_names(family: str, depth: str) -> None:
     model = tiny.build(family)
-    parameters = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    parameters = {name: id(p) for name, p in model.named_parameters()}
     values = {name: value.clone() for name, value in model.state_dict().items()}
     patch_model(model, depth=depth)
-    assert {n: (id(p), p.data_ptr()) for n, p in model.named_parameters()} == parameters
-    assert list(dict(model.named_parameters())) == list(parameters)
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
     found = model.state_dict()
     assert list(found) == list(values)
     assert all(torch.equal(found[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("depth", ["layer", "mlp"])
+def test_conv1d_weights_lie_as_the_kernels_read_them(depth: str, inference: bool) -> None:
+    model = tiny.build("gpt2")
+    expected = logits(model)
+    mlp = model.transformer.h[0].mlp
+    shared = mlp.c_proj.weight
+    shared.data = torch.stack([shared.data, shared.data])[0]
+    with torch.inference_mode(inference):
+        patch_model(model, depth=depth)
+    assert mlp.c_fc.weight.stride() == (1, tiny.HIDDEN)
+    assert shared.stride() == (tiny.HIDDEN, 1)  # it does not own its memory
+    assert not mlp.c_fc.weight.is_inference()
+    assert torch.equal(logits(model), expected)
+    with torch.inference_mode(inference):
+        unpatch_model(model)
+    assert mlp.c_fc.weight.is_contiguous() and not mlp.c_fc.weight.is_inference()
+
+
+def test_saved_as_any_gpt2(tmp_path: Path) -> None:
+    model = tiny.build("gpt2")
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    patch_model(model).save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert all(value.is_contiguous() for value in found.values())
+
+
+def test_no_memory_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("gpt2")
+    before = tree(model)
+    adopt, calls = TritonMLP.adopt.__func__, []
+
+    def failing(cls: type, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        calls.append(module)
+        if len(calls) == tiny.LAYERS:
+            raise torch.OutOfMemoryError("no memory for one more weight")
+        adopt(cls, module, *args, **kwargs)
+
+    monkeypatch.setattr(TritonMLP, "adopt", classmethod(failing))
+    with pytest.raises(torch.OutOfMemoryError):
+        patch_model(model)
+    assert len(calls) == tiny.LAYERS and tree(model) == before
 
 
 @pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)

@@ -232,11 +232,10 @@ def test_the_measured_table(table: Path, caplog: pytest.LogCaptureFixture, name:
 # --- measuring --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conv1d", [False, True])
-def test_candidates_can_run(conv1d: bool) -> None:
+def test_candidates_can_run() -> None:
     for case in (*CASES.values(), Case("odd", 33, 100), Case("gated", 100, 33, gated=True)):
         for M in autotune.ROWS:
-            for linear in linears(replace(case, conv1d=conv1d), M, HALF):
+            for linear in linears(case, M, HALF):
                 for capability, processors in ((AMPERE, 108), (HOPPER, 132)):
                     plans = candidates(linear, capability, processors)
                     assert len(set(plans)) == len(plans) <= 160
@@ -249,12 +248,14 @@ def test_cases_of_a_model() -> None:
     with torch.device("meta"):
         model = tiny.build("gpt2")
     (case,) = cases_of(model, "tiny")
-    up = model.transformer.h[0].mlp.c_fc.weight
-    assert (case.hidden, case.intermediate) == tuple(up.shape) and case.conv1d
+    intermediate = model.transformer.h[0].mlp.c_fc.nf
+    assert (case.hidden, case.intermediate, case.bias) == (tiny.HIDDEN, intermediate, True)
     layer = random_layers(case, torch.float32, "cpu")[0]
-    assert layer.up.shape == up.t().shape and layer.up.stride() == up.t().stride()
+    assert layer.up.shape == (intermediate, tiny.HIDDEN) and layer.gate is None
     (case,) = cases_of(tiny.build("opt"), "tiny")
-    assert case.activation == "relu" and not case.conv1d and case.bias
+    assert case.activation == "relu" and case.norm == "layer_norm"
+    with pytest.raises(ValueError, match="no decoder layer"):
+        cases_of(torch.nn.Linear(2, 2), "not a model")
 
 
 @pytest.mark.gpu
