@@ -188,7 +188,8 @@ def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
     depth = max(triton.next_power_of_2(linear.K), 256)
     warps = 4 if depth <= 4096 else 8
     if linear.N <= linear.K and depth <= 16384:
-        return Plan(kernel="skinny", block_n=2, block_k=depth, num_warps=warps, pdl=pdl)
+        outputs = 1 if linear.gated else 2
+        return Plan(kernel="skinny", block_n=outputs, block_k=depth, num_warps=warps, pdl=pdl)
     if depth > 8192:
         return Plan(kernel="skinny", block_n=1, block_k=4096, num_warps=8, pdl=pdl)
     if linear.gated:
