@@ -19,7 +19,6 @@ from hf_triton_mlp.patching import mlp_configs
 from hf_triton_mlp.tuning import (
     DECODE_ROWS,
     PDL_CAPABILITY,
-    SKINNY_ROWS,
     Linear,
     Plan,
     save,
@@ -38,9 +37,10 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
     pdl = capability >= PDL_CAPABILITY
     gates = 2 if linear.gated else 1
     plans: list[Plan] = []
-    if linear.M <= SKINNY_ROWS:
+    if linear.M == 1:
         plans += _skinny(linear, pdl, gates, processors)
-    if 1 < linear.M <= DECODE_ROWS:
+    elif linear.M <= DECODE_ROWS:
+        plans += _skinny_rows(linear, pdl, gates, processors)
         plans += _decode(linear, pdl, gates)
     if linear.M > DECODE_ROWS:
         plans += [Plan(kernel="library", pdl=pdl)]
@@ -54,8 +54,6 @@ def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[
     # Asking the L2 for every weight early pays where the launch before takes as long.
     small = pdl and wide and linear.N * linear.K * gates <= 2**24
     depths = {min(k, depth) for k in (1024, 2048, 4096)} | ({depth} if depth <= 16384 else set())
-    if linear.M > 1:
-        depths = {depth} if wide else {min(depth, 4096)}
     for n, k, warps in itertools.product((1, 2, 4, 8, 16), sorted(depths), (4, 8, 16)):
         # From 16 to 128 weights a thread, half where the next ones wait beside them.
         weights = n * k * gates // (32 * warps)
@@ -70,6 +68,31 @@ def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[
                     kernel="skinny",
                     block_n=n,
                     block_k=k,
+                    num_warps=warps,
+                    programs=programs,
+                    lines=lines,
+                    pdl=pdl,
+                )
+
+
+def _skinny_rows(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
+    wide, depth = linear.N > linear.K, triton.next_power_of_2(linear.K)
+    rows = triton.next_power_of_2(linear.M)
+    small = pdl and wide and linear.N * linear.K * gates <= 2**24
+    for n, warps in itertools.product((1, 2, 4, 8), (4, 8, 16)):
+        # Registers of a thread for the rows, in float32, and for two weights each.
+        held, weights = rows * depth // (32 * warps), n * depth * gates // (64 * warps)
+        if weights < 4 or (warps == 16 and depth < 8192):
+            continue
+        for programs in (0, 2 * processors, 4 * processors):
+            if held + weights * (2 if programs else 1) > 128:
+                continue
+            for lines in (0, depth // 64) if small else (0,):
+                yield Plan(
+                    kernel="skinny",
+                    block_m=rows,
+                    block_n=n,
+                    block_k=depth,
                     num_warps=warps,
                     programs=programs,
                     lines=lines,

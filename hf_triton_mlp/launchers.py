@@ -298,6 +298,7 @@ def linear_launch(
     if plan.kernel == "skinny":
         one_block = plan.block_k >= K
         shared = plan.programs if one_block and plan.programs < blocks else 0
+        together = plan.block_m if one_block and plan.block_m >= M else 1
         kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
         tensors = (
             x, add, add2, carry, out,
@@ -307,9 +308,10 @@ def linear_launch(
             kind,
             carry_normed,
             activation,
-            # Weights are read once a step; with several rows, the later ones find them in the L2.
-            "evict_first" if M == 1 else "",
+            # Weights are read once a step, unless programs of other rows find them in the L2.
+            "evict_first" if together >= M else "",
             k_contiguous,
+            together,
             plan.block_n,
             plan.block_k,
             plan.lines,
@@ -319,7 +321,7 @@ def linear_launch(
             plan.pdl,
             waited,
         )
-        grid = (M * (shared or blocks), 1, 1)
+        grid = (-(-M // together) * (shared or blocks), 1, 1)
         return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
     tensors = (x, add, add2, out, weight, bias, gate_weight, gate_bias, add_bias)
     if plan.kernel == "decode":

@@ -187,9 +187,9 @@ def test_every_way_to_multiply_many_rows(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("programs", [0, 1, 3, 1000])
-@pytest.mark.parametrize("block_k", [32, 64])
+@pytest.mark.parametrize("block_k", [16, 64])
 @pytest.mark.parametrize("gated", [False, True])
-def test_every_way_to_multiply_single_rows(
+def test_every_way_to_multiply_very_few_rows(
     device: str,
     dtype: torch.dtype,
     programs: int,
@@ -200,9 +200,15 @@ def test_every_way_to_multiply_single_rows(
     chosen = Plan(kernel="skinny", block_n=4, block_k=block_k, programs=programs, lines=1)
     if device == "cuda":
         chosen = replace(chosen, pdl=torch.cuda.get_device_capability() >= PDL_CAPABILITY)
-    monkeypatch.setattr(tuning, "plan", lambda *arguments: chosen)
-    for tokens, pre_norm, bias in ((1, True, True), (3, False, False)):
-        weights = mlp_weights(50, 93, dtype, device, gated=gated, bias=bias)
+    for tokens, together, pre_norm, bias in (
+        (1, 1, True, True),
+        (3, 1, False, False),
+        (3, 4, True, True),
+        (2, 2, False, False),
+    ):
+        plan = replace(chosen, block_m=together)
+        monkeypatch.setattr(tuning, "plan", lambda *arguments, plan=plan: plan)
+        weights = mlp_weights(24, 45, dtype, device, gated=gated, bias=bias)
         op = MLPGemmOp(activation="silu", pre_norm=pre_norm)
         check_mlp_gemm(op, weights, tokens, residual=bias, bias=bias)
 

@@ -80,6 +80,7 @@ def test_decode_needs_few_launches() -> None:
     [
         ({"kernel": "magic"}, 1, "'magic' is no kernel for 1 rows"),
         ({"kernel": "skinny"}, 5, "'skinny' is no kernel for 5 rows"),
+        ({"kernel": "skinny", "block_m": 2}, 3, "'skinny' is no kernel for 3 rows"),
         ({"kernel": "decode", "block_m": 4}, 8, "'decode' is no kernel for 8 rows"),
         ({"kernel": "library"}, 16, "'library' is no kernel for 16 rows"),
         ({"block_n": 3}, 1, "block_n must be a power of two, found 3"),

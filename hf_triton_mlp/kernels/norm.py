@@ -20,36 +20,39 @@ def load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask):
 
 @triton.jit
 def statistics_of_values(s, mask, K, eps, NORM: tl.constexpr):
-    """(mean, 1 / sqrt(variance + eps)) of the K values of s where mask; 0 elsewhere.
+    """(mean, 1 / sqrt(variance + eps)) of the K values of each row of s where mask; 0 elsewhere.
 
+    s: (rows, BLOCK_K); the result: (rows, 1).
     NORM "layer_norm": two passes, so that the variance does not cancel. "rms_norm": mean is 0.
     """
     mean = 0.0
     if NORM == "layer_norm":
-        mean = tl.sum(s, axis=0) / K
+        mean = tl.sum(s, axis=1, keep_dims=True) / K
     centred = tl.where(mask, s - mean, 0.0)
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centred * centred, axis=0) / K + eps))
+    variance = tl.sum(centred * centred, axis=1, keep_dims=True) / K
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
 def statistics_of_row(
     x_ptr, add_ptr, add_bias_ptr, K, eps, NORM: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """statistics_of_values of one row s = x + add + add_bias of any number K of values."""
+    """statistics_of_values of one row (1, K) of s = x + add + add_bias, for any K."""
     mean = 0.0
     if NORM == "layer_norm":
-        total = tl.zeros((BLOCK_K,), tl.float32)
+        total = tl.zeros((1, BLOCK_K), tl.float32)
         for k in range(0, K, BLOCK_K):
-            offs = k + tl.arange(0, BLOCK_K)
+            offs = k + tl.arange(0, BLOCK_K)[None, :]
             total += load_sum(x_ptr, add_ptr, add_bias_ptr, offs, offs < K)
-        mean = tl.sum(total, axis=0) / K
-    squares = tl.zeros((BLOCK_K,), tl.float32)
+        mean = tl.sum(total, axis=1, keep_dims=True) / K
+    squares = tl.zeros((1, BLOCK_K), tl.float32)
     for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, offs_k < K)
-        centred = tl.where(offs_k < K, s - mean, 0.0)
+        offs = k + tl.arange(0, BLOCK_K)[None, :]
+        s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, offs < K)
+        centred = tl.where(offs < K, s - mean, 0.0)
         squares += centred * centred
-    return mean, tl.div_rn(1.0, tl.sqrt_rn(tl.sum(squares, axis=0) / K + eps))
+    variance = tl.sum(squares, axis=1, keep_dims=True) / K
+    return mean, tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
 
 
 @triton.jit
@@ -117,7 +120,7 @@ def norm_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if ONE_BLOCK:
-        offs = tl.arange(0, BLOCK_K)
+        offs = tl.arange(0, BLOCK_K)[None, :]
         mask = offs < K
         s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
         scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask)
@@ -130,7 +133,7 @@ def norm_kernel(
     else:
         mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         for k in range(0, K, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
+            offs_k = k + tl.arange(0, BLOCK_K)[None, :]
             mask_k = offs_k < K
             s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
             u_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k)

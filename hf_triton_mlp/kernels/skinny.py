@@ -43,8 +43,21 @@ def load_summands(add_ptr, add2_ptr, add_bias_ptr, offs, mask):
 
 
 @triton.jit
+def products(x, w, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """x · wᵀ (ROWS, BLOCK_N) for x (ROWS, BLOCK_K), w (BLOCK_N, BLOCK_K), row by row of x."""
+    rows = tl.arange(0, ROWS)[:, None]
+    y = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for row in tl.static_range(ROWS):
+        # Threads hold columns of x, all rows of them: this picks registers.
+        x_row = tl.sum(tl.where(rows == row, x, 0.0), axis=0)
+        y_row = tl.sum(w.to(tl.float32) * x_row[None, :], axis=1)
+        y = tl.where(rows == row, y_row[None, :], y)
+    return y
+
+
+@triton.jit
 def finish(y, gate, summand, out_ptr, offs, mask, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
-    """Store act(y) + summand, gated act(gate) * y + summand, at `offs` of a row of the output."""
+    """Store act(y) + summand, gated act(gate) * y + summand, at `offs` of rows of the output."""
     if GATED:
         y = activate(gate, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * y
     else:
@@ -82,6 +95,7 @@ def skinny_linear_kernel(
     ACTIVATION: tl.constexpr,
     EVICT: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LINES: tl.constexpr,
@@ -97,31 +111,39 @@ def skinny_linear_kernel(
 
     x: (M, K); W, gate_W: (N, K) by strides; add, add2: (M, N), or (M, K) with NORM;
     carry: (M, K) and out: (M, N), contiguous. Gated: out = act(gate) * up. A pointer may be None.
-    One program computes BLOCK_N outputs of one row; the programs of one block of W lie next to
-    each other in launch order, so that rows after the first find it in the L2.
+    One program computes BLOCK_N outputs of ROWS rows: of all, ROWS >= M, or of one. In that case
+    the programs of one block of W lie next to each other in launch order, so that rows after the
+    first find it in the L2.
 
-    ONE_BLOCK: K <= BLOCK_K, so that a row is in registers as a whole; PROGRAMS > 0 then share the
-    blocks of W, and each computes the norm once. PDL: the program may start while its
-    predecessor runs. Before gdc_wait it warms the L2 up or, if that predecessor has itself WAITED
-    for whoever may have written the weights, loads its first weights.
+    ONE_BLOCK, which several ROWS need: K <= BLOCK_K, so that a row is in registers as a whole;
+    PROGRAMS > 0 then share the blocks of W, and each computes the norm once. PDL: the program may
+    start while its predecessor runs. Before gdc_wait it warms the L2 up or, if that predecessor
+    has itself WAITED for whoever may have written the weights, loads its first weights.
     """
-    pid = tl.program_id(0)
-    row = (pid % M).to(tl.int64)
-    pid_n = pid // M
+    tl.static_assert(ROWS == 1 or ONE_BLOCK)
+    pid_n = tl.program_id(0)
+    rows = tl.arange(0, ROWS)
+    if ROWS == 1:
+        rows += pid_n % M
+        pid_n = pid_n // M
+    mask_m = (rows < M)[:, None]
+    # What is beyond the last row computes that one again, and is not stored.
+    rows = tl.minimum(rows, M - 1).to(tl.int64)[:, None]
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     offs_k = tl.arange(0, BLOCK_K)
     w_rows = w_ptr + offs_n.to(tl.int64) * stride_wn
-    x_ptr += row * stride_x
+    x_ptr += rows * stride_x
     if add_ptr is not None:
-        add_ptr += row * stride_add
+        add_ptr += rows * stride_add
     if add2_ptr is not None:
-        add2_ptr += row * stride_add2
+        add2_ptr += rows * stride_add2
+    out_ptr += rows * N
 
     if PDL:
         if WAITED:
             w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
-            b = load_vector(b_ptr, offs_n, mask_n)
+            b = load_vector(b_ptr, offs_n[None, :], mask_n[None, :])
             gdc_wait()
         else:
             prefetch_vector(b_ptr, pid_n * BLOCK_N, N, BLOCK_N)
@@ -149,30 +171,33 @@ def skinny_linear_kernel(
                     )
             gdc_wait()
             w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
-            b = load_vector(b_ptr, offs_n, mask_n)
+            b = load_vector(b_ptr, offs_n[None, :], mask_n[None, :])
         gdc_launch_dependents()
     else:
         w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
-        b = load_vector(b_ptr, offs_n, mask_n)
+        b = load_vector(b_ptr, offs_n[None, :], mask_n[None, :])
     if gate_w_ptr is not None:
         g_rows = gate_w_ptr + offs_n.to(tl.int64) * stride_gn
         g = load_weights(g_rows, offs_k, stride_gk, mask_n, K, EVICT)
 
     # What the epilogue adds is asked for now, so that it is there in time.
-    gate_b = load_vector(gate_b_ptr, offs_n, mask_n)
-    summand = tl.zeros((BLOCK_N,), tl.float32)
+    offs = offs_n[None, :]
+    mask = offs < N
+    gate_b = load_vector(gate_b_ptr, offs, mask)
+    summand = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if NORM is None:
-        summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, offs_n, mask_n)
+        summand += load_summands(add_ptr, add2_ptr, add_bias_ptr, offs, mask)
 
-    mask_k = offs_k < K
+    in_row = offs_k[None, :]
+    mask_k = in_row < K
     if NORM is not None:
         # Every program writes a few columns of the carry; CARRY_BLOCK is K over programs.
-        offs_c = pid_n * CARRY_BLOCK + tl.arange(0, CARRY_BLOCK)
+        offs_c = (pid_n * CARRY_BLOCK + tl.arange(0, CARRY_BLOCK))[None, :]
         mask_c = offs_c < K
         carry = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_c, mask_c)
         if ONE_BLOCK:
-            s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
-            scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs_k, mask_k)
+            s = load_sum(x_ptr, add_ptr, add_bias_ptr, in_row, mask_k)
+            scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
             mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
             x = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
             x = tl.where(mask_k, x, 0.0)
@@ -180,62 +205,67 @@ def skinny_linear_kernel(
             mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         if CARRY_NORMED:
             carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
-        tl.store(carry_ptr + row * K + offs_c, carry.to(carry_ptr.dtype.element_ty), mask=mask_c)
+        tl.store(
+            carry_ptr + rows * K + offs_c,
+            carry.to(carry_ptr.dtype.element_ty),
+            mask=mask_m & mask_c,
+        )
     elif ONE_BLOCK:
-        x = tl.load(x_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + in_row, mask=mask_k, other=0.0).to(tl.float32)
 
+    gated: tl.constexpr = gate_w_ptr is not None
     if ONE_BLOCK:
         blocks = tl.cdiv(N, BLOCK_N)
         for block in range(pid_n, blocks, PROGRAMS if PROGRAMS > 0 else blocks):
-            offs = block * BLOCK_N + tl.arange(0, BLOCK_N)
-            mask = offs < N
+            offs = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
             if PROGRAMS > 0:
                 # The next weights are on their way while these are multiplied.
-                next_n = offs + PROGRAMS * BLOCK_N
+                next_n = block * BLOCK_N + PROGRAMS * BLOCK_N + tl.arange(0, BLOCK_N)
                 next_rows = w_ptr + next_n.to(tl.int64) * stride_wn
                 next_w = load_weights(next_rows, offs_k, stride_wk, next_n < N, K, EVICT)
-                if gate_w_ptr is not None:
+                if gated:
                     next_rows = gate_w_ptr + next_n.to(tl.int64) * stride_gn
                     next_g = load_weights(next_rows, offs_k, stride_gk, next_n < N, K, EVICT)
-                next_b = load_vector(b_ptr, next_n, next_n < N)
-                next_gate_b = load_vector(gate_b_ptr, next_n, next_n < N)
+                next_offs = next_n[None, :]
+                next_mask = next_offs < N
+                next_b = load_vector(b_ptr, next_offs, next_mask)
+                next_gate_b = load_vector(gate_b_ptr, next_offs, next_mask)
             gate = gate_b
-            if gate_w_ptr is not None:
-                gate += tl.sum(g.to(tl.float32) * x[None, :], axis=1)
-            y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) + b
-            gated: tl.constexpr = gate_w_ptr is not None
-            finish(y, gate, summand, out_ptr + row * N, offs, mask, gated, ACTIVATION)
+            if gated:
+                gate += products(x, g, ROWS, BLOCK_N)
+            y = products(x, w, ROWS, BLOCK_N) + b
+            finish(y, gate, summand, out_ptr, offs, mask_m & (offs < N), gated, ACTIVATION)
             if PROGRAMS > 0:
                 w = next_w
-                if gate_w_ptr is not None:
+                if gated:
                     g = next_g
                 b = next_b
                 gate_b = next_gate_b
                 if NORM is None:
-                    summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, next_n, next_n < N)
+                    summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, next_offs, next_mask)
     else:
         acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         gate_acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for k in range(0, K, BLOCK_K):
-            offs = k + offs_k
-            mask = offs < K
+            in_row = k + offs_k[None, :]
+            mask_k = in_row < K
             # The next weights are on their way while these are multiplied.
-            next_w = load_weights(w_rows, offs + BLOCK_K, stride_wk, mask_n, K, EVICT)
+            next_k = k + BLOCK_K + offs_k
+            next_w = load_weights(w_rows, next_k, stride_wk, mask_n, K, EVICT)
             if NORM is not None:
-                s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
-                x_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask)
-                x_k = tl.where(mask, x_k, 0.0)
+                s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, in_row, mask_k)
+                x_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, in_row, mask_k)
+                x_k = tl.where(mask_k, x_k, 0.0)
             else:
-                x_k = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            acc += w.to(tl.float32) * x_k[None, :]
+                x_k = tl.load(x_ptr + in_row, mask=mask_k, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32) * x_k
             w = next_w
-            if gate_w_ptr is not None:
-                next_g = load_weights(g_rows, offs + BLOCK_K, stride_gk, mask_n, K, EVICT)
-                gate_acc += g.to(tl.float32) * x_k[None, :]
+            if gated:
+                next_g = load_weights(g_rows, next_k, stride_gk, mask_n, K, EVICT)
+                gate_acc += g.to(tl.float32) * x_k
                 g = next_g
-        y = tl.sum(acc, axis=1) + b
+        y = tl.sum(acc, axis=1)[None, :] + b
         gate = gate_b
-        if gate_w_ptr is not None:
-            gate += tl.sum(gate_acc, axis=1)
-        gated: tl.constexpr = gate_w_ptr is not None
-        finish(y, gate, summand, out_ptr + row * N, offs_n, mask_n, gated, ACTIVATION)
+        if gated:
+            gate += tl.sum(gate_acc, axis=1)[None, :]
+        finish(y, gate, summand, out_ptr, offs, mask_m & mask, gated, ACTIVATION)
