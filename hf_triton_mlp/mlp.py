@@ -140,7 +140,7 @@ class BoundParts:
         self.modules = [(module, type(module)) for module in modules]
         self.norms = [module for module in modules if hasattr(module, "eps")]
         self.parameters = [
-            (module._parameters, name, p, p.data_ptr(), p.dtype, p.dim() > 1 and p.stride())
+            (module._parameters, name, p, p.data_ptr(), p.dtype, p.shape, p.stride())
             for module in (mlp, *modules)
             for name, p in module._parameters.items()
             if p is not None
@@ -168,12 +168,13 @@ class BoundParts:
                 or ("forward" in state and has_own_forward(module))
             ):
                 return False
-        for parameters, name, p, address, dtype, strides in self.parameters:
+        for parameters, name, p, address, dtype, shape, strides in self.parameters:
             if (
                 parameters.get(name) is not p
                 or p.data_ptr() != address
                 or p.dtype is not dtype
-                or (strides and p.stride() != strides)
+                or p.shape != shape
+                or p.stride() != strides
             ):
                 return False
         for parameters, name in self.absent:

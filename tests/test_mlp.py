@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.launchers import DecodeMLP
+from hf_triton_mlp.mlp import BoundParts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, I = 24, 56  # noqa: E741
@@ -205,6 +207,167 @@ def test_compile_pickle_deepcopy(device: str) -> None:
         torch.testing.assert_close(compiled(a, a), out, **CLOSE)
         for twin in (copy.deepcopy(mlp), pickle.loads(pickle.dumps(mlp))):
             assert torch.equal(twin(a, a), out)
+
+
+# --- launches bound to the weights ------------------------------------------------------------
+
+
+class InModel:
+    """A TritonMLP around a model's layers, and what those compute without it."""
+
+    def __init__(self, hidden: int, intermediate: int, device: str, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        place = {"device": device, "dtype": dtype}
+        self.up = nn.Linear(hidden, intermediate, **place)
+        self.down = nn.Linear(intermediate, hidden, **place)
+        self.norm = nn.LayerNorm(hidden, **place)
+        config = MLPConfig(
+            hidden_size=hidden, intermediate_size=intermediate, activation="relu", dtype=dtype
+        )
+        self.mlp = TritonMLP.from_projections(
+            config, up=("up", self.up), down=("down", self.down)
+        ).eval()
+
+    def __call__(self, a: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return self.mlp(a, r, norm=self.norm)
+
+    def plain(self, a: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+        return self.down(F.relu(self.up(self.norm(a + r)))) + (a + r)
+
+
+def shorten(layers: InModel) -> None:
+    """As pruning by hand does it: fewer rows, where they were."""
+    layers.up.weight.data = layers.up.weight.data[: I // 2]
+    layers.up.bias.data = layers.up.bias.data[: I // 2]
+    layers.down.weight.data = layers.down.weight.data[:, : I // 2]
+
+
+def own_forward(layers: InModel) -> None:
+    forward = layers.up.forward
+    layers.up.forward = lambda x: forward(2 * x)
+
+
+CHANGES = {
+    "hook": lambda m: m.up.register_forward_hook(lambda module, args, output: 2 * output),
+    "pre-hook": lambda m: m.norm.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "forward": own_forward,
+    "parametrization": lambda m: torch.nn.utils.parametrizations.weight_norm(m.down),
+    "parameter": lambda m: setattr(m.up, "weight", nn.Parameter(m.up.weight.detach() * 2)),
+    "data": lambda m: setattr(m.up.bias, "data", m.up.bias.data * 2),
+    "strides": lambda m: setattr(m.up.weight, "data", m.up.weight.data.t().contiguous().t()),
+    "no bias": lambda m: setattr(m.down, "bias", None),
+    "eps": lambda m: setattr(m.norm, "eps", 0.5),
+    "dtype": lambda m: (m.mlp.double(), m.norm.double()),
+    "shape": shorten,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_bound_launches_notice_changes(name: str) -> None:
+    layers = InModel(H, I, "cpu", torch.float32)
+
+    def parts() -> list[nn.Module | None]:
+        return layers.mlp._parts(layers.norm, None)
+
+    bound = BoundParts(layers.mlp, parts(), layers.norm.eps, DecodeMLP(layers.up.weight))
+    assert bound.unchanged(parts())
+    with torch.no_grad():
+        layers.up.weight.mul_(2)  # read by its address
+    assert bound.unchanged(parts())
+    CHANGES[name](layers)
+    assert not bound.unchanged(parts())
+
+
+def test_another_norm_than_the_one_bound() -> None:
+    layers = InModel(H, I, "cpu", torch.float32)
+    bound = BoundParts(
+        layers.mlp, layers.mlp._parts(layers.norm, None), 1e-5, DecodeMLP(layers.up.weight)
+    )
+    assert not bound.unchanged(layers.mlp._parts(nn.LayerNorm(H), None))
+    assert not bound.unchanged(layers.mlp._parts(None, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", sorted(set(CHANGES) - {"shape", "dtype"}))
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_changes_between_calls(name: str, tokens: int) -> None:
+    layers = InModel(H, I, "cuda", torch.float32)
+    a, r = torch.randn(2, tokens, H, device="cuda")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(layers(a, r), layers.plain(a, r), **CLOSE)
+        assert layers.mlp._bound is not None
+        layers.up.weight.mul_(2)
+        torch.testing.assert_close(layers(a, r), layers.plain(a, r), **CLOSE)
+        CHANGES[name](layers)
+        for _ in range(3):
+            torch.testing.assert_close(layers(a, r), layers.plain(a, r), **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bound_launches_compute_the_same_bits(tokens: int, dtype: torch.dtype) -> None:
+    layers = InModel(768, 3072, "cuda", dtype)
+    a, r = torch.randn(2, tokens, 768, device="cuda", dtype=dtype)
+    odd = torch.empty(tokens * 768 + 1, device="cuda", dtype=dtype)[1:].view(tokens, 768).copy_(a)
+    with torch.no_grad():
+        first = layers(a, r)
+        bound = layers.mlp._bound
+        assert bound is not None and bound.launches(a, r) is not None
+        assert torch.equal(layers(a, r), first)
+        # Where they do not apply, the launches of every call do.
+        assert bound.launches(odd, r) is None
+        torch.testing.assert_close(layers(odd, r), first, rtol=1e-2, atol=1e-2)
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
+            again = layers(a, r)
+        other.synchronize()
+        assert torch.equal(again, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize("graph", [False, True])
+def test_weights_written_just_before_a_launch(tokens: int, graph: bool) -> None:
+    """Programs that start early may not read what the launch before them writes."""
+    layers = InModel(1024, 4096, "cuda", torch.float16)
+    a, r = torch.randn(2, tokens, 1024, device="cuda", dtype=torch.float16)
+    targets = [layers.norm.weight, layers.up.weight, layers.up.bias, layers.down.weight]
+    versions = [[p.detach() * factor for p in targets] for factor in (1.0, 0.5, -1.0)]
+
+    def run() -> list[torch.Tensor]:
+        outs = []
+        for version in versions:
+            for changed in range(len(targets)):  # the last one written is another each time
+                for i in range(len(targets)):
+                    p = targets[(i + changed) % len(targets)]
+                    p.copy_(version[(i + changed) % len(targets)])
+                # Twice: the first up-projection starts behind a copy, the second behind ours.
+                outs.append(layers(layers(a, r), r))
+        return outs
+
+    with torch.no_grad():
+        expected = []
+        for version in versions:
+            for p, value in zip(targets, version, strict=True):
+                p.copy_(value)
+            torch.cuda.synchronize()
+            out = layers(a, r)
+            torch.cuda.synchronize()
+            expected += [layers(out, r)] * len(targets)
+            torch.cuda.synchronize()
+        if graph:
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(recorded):
+                outs = run()
+        for _ in range(20):
+            if graph:
+                recorded.replay()
+            else:
+                outs = run()
+            assert all(torch.equal(x, y) for x, y in zip(outs, expected, strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)
