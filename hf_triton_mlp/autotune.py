@@ -19,6 +19,7 @@ from hf_triton_mlp.patching import mlp_configs
 from hf_triton_mlp.tuning import (
     DECODE_ROWS,
     PDL_CAPABILITY,
+    SKINNY_ROWS,
     Linear,
     Plan,
     save,
@@ -39,8 +40,9 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
     plans: list[Plan] = []
     if linear.M == 1:
         plans += _skinny(linear, pdl, gates, processors)
-    elif linear.M <= DECODE_ROWS:
+    elif linear.M <= SKINNY_ROWS:
         plans += _skinny_rows(linear, pdl, gates, processors)
+    if 1 < linear.M <= DECODE_ROWS:
         plans += _decode(linear, pdl, gates)
     if linear.M > DECODE_ROWS:
         plans += [Plan(kernel="library", pdl=pdl)]

@@ -24,8 +24,8 @@ MINIMUM_CAPABILITY = (8, 0)
 #: Up to this many rows a linear layer takes the time of reading its weights once.
 DECODE_ROWS = 16
 
-#: Float32 has no matrix unit (TF32 is not IEEE): up to this many rows the FMA kernel reads the
-#: weights once a row, mostly from the L2.
+#: Up to this many rows the FMA units may keep up with the memory. Float32, which has no matrix
+#: unit (TF32 is not IEEE), is multiplied by them; more rows would be bound by them.
 SKINNY_ROWS = 4
 
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
@@ -56,9 +56,9 @@ KERNELS = ("skinny", "decode", "tiled", "library")
 class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
-    kernel: "skinny" (all rows at once if K is one block, else up to four, each on its own),
-    "decode" (16-bit, up to 16 rows), "tiled", or "library" (more rows, by cuBLAS, which takes no
-    parameters).
+    kernel: "skinny" (up to four rows: together if block_m says so and K is one block, else each on
+    its own), "decode" (16-bit, up to 16 rows), "tiled", or "library" (more rows, by cuBLAS, which
+    takes no parameters).
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side; "tiled" gives each tile to `splits` programs; "skinny"
     shares the tiles of a row among `programs` if K is one block, 0 for one each.
@@ -112,7 +112,7 @@ class Plan:
             if type(value) is not int or not least <= value <= most:
                 raise ValueError(f"{name} must be from {least} to {most}, found {value!r}")
         fewest, most = {
-            "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, DECODE_ROWS)),
+            "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, SKINNY_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
