@@ -325,8 +325,9 @@ def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
     cells = [c for c in record["cells"] if c["dtype"] == dtype]
     cases = list(dict.fromkeys(c["case"] for c in cells))
     columns = min(3, len(cases))
-    figure = Figure(figsize=(4.2 * columns, 3.2 * -(-len(cases) // columns)), layout="constrained")
-    axes = figure.subplots(-(-len(cases) // columns), columns, squeeze=False, sharey=True).flat
+    lines = -(-len(cases) // columns)
+    figure = Figure(figsize=(max(4.2 * columns, 7), 3.2 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
     names = list(dict.fromkeys(name for c in cells for name in c["peers"] if name != OURS))
     for case, axis in zip(cases, axes, strict=False):
         for i, name in enumerate(names):
@@ -340,7 +341,7 @@ def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
             }
             if points:
                 axis.plot([M for M, _ in points], [us / ours[M] for M, us in points], "o-",
-                          color=f"C{i}", label=name, markersize=3)  # fmt: skip
+                          color=f"C{i}", label=name.strip("_"), markersize=3)  # fmt: skip
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=case, xscale="log", xlabel="rows (tokens)")
         axis.set_xscale("log", base=2)
@@ -348,7 +349,7 @@ def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
     for axis in list(axes)[len(cases) :]:
         axis.set_visible(False)
     figure.supylabel("time of others / ours")
-    figure.legend(*_legend(figure), loc="outside lower center", ncols=len(names))
+    figure.legend(*_legend(figure), loc="outside lower center", ncols=2 * columns + 1)
     figure.suptitle(f"{record['device']}, {dtype}: residual + norm + MLP + residual")
     figure.savefig(path, dpi=130)
 
