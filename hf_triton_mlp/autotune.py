@@ -38,10 +38,8 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
     pdl = capability >= PDL_CAPABILITY
     gates = 2 if linear.gated else 1
     plans: list[Plan] = []
-    if linear.M == 1:
+    if linear.M <= SKINNY_ROWS:
         plans += _skinny(linear, pdl, gates, processors)
-    elif linear.M <= SKINNY_ROWS:
-        plans += _skinny_rows(linear, pdl, gates, processors)
     if 1 < linear.M <= DECODE_ROWS:
         plans += _decode(linear, pdl, gates)
     if linear.M > DECODE_ROWS:
@@ -53,48 +51,27 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
 
 def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
     wide, depth = linear.N > linear.K, triton.next_power_of_2(linear.K)
+    rows = triton.next_power_of_2(linear.M)
     # Asking the L2 for every weight early pays where the launch before takes as long.
     small = pdl and wide and linear.N * linear.K * gates <= 2**24
-    depths = {min(k, depth) for k in (1024, 2048, 4096)} | ({depth} if depth <= 16384 else set())
+    depths = {depth} if depth <= 16384 else set()
+    if rows == 1:
+        depths |= {min(k, depth) for k in (1024, 2048, 4096)}
     for n, k, warps in itertools.product((1, 2, 4, 8, 16), sorted(depths), (4, 8, 16)):
-        # From 16 to 128 weights a thread, half where the next ones wait beside them.
-        weights = n * k * gates // (32 * warps)
-        shares = (0, *(processors * i for i in (1, 2, 3, 4, 6))) if k == depth else (0,)
-        if (not wide and n > 8) or (warps == 16 and k < 8192):
+        # Of a thread. One row takes as many registers as there are, several must leave room.
+        weights, held = (count * k // (32 * warps) for count in (n * gates, rows))
+        if (not wide and n > 8) or (warps == 16 and k < 8192) or (rows > 1 and held > 64):
             continue
-        for programs in shares:
+        for programs in (0, *(processors * i for i in (1, 2, 3, 4, 6))) if k == depth else (0,):
+            # The next weights wait beside the ones that are multiplied.
             if not 16 <= weights <= (64 if programs else 128):
-                continue
-            for lines in (0, depth // 64) if small else (0,):
-                yield Plan(
-                    kernel="skinny",
-                    block_n=n,
-                    block_k=k,
-                    num_warps=warps,
-                    programs=programs,
-                    lines=lines,
-                    pdl=pdl,
-                )
-
-
-def _skinny_rows(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
-    wide, depth = linear.N > linear.K, triton.next_power_of_2(linear.K)
-    rows = triton.next_power_of_2(linear.M)
-    small = pdl and wide and linear.N * linear.K * gates <= 2**24
-    for n, warps in itertools.product((1, 2, 4, 8), (4, 8, 16)):
-        # Registers of a thread for the rows, in float32, and for two weights each.
-        held, weights = rows * depth // (32 * warps), n * depth * gates // (64 * warps)
-        if weights < 4 or (warps == 16 and depth < 8192):
-            continue
-        for programs in (0, 2 * processors, 4 * processors):
-            if held + weights * (2 if programs else 1) > 128:
                 continue
             for lines in (0, depth // 64) if small else (0,):
                 yield Plan(
                     kernel="skinny",
                     block_m=rows,
                     block_n=n,
-                    block_k=depth,
+                    block_k=k,
                     num_warps=warps,
                     programs=programs,
                     lines=lines,
