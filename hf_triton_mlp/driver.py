@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 #: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h.
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
+#: CUDA_ERROR_INVALID_CONTEXT of cuda.h.
+INVALID_CONTEXT = 201
+
 #: How Triton's types of numbers are written, and how many bytes they take as parameters.
 SCALARS = {"i32": ("q", 4), "u32": ("q", 4), "i64": ("q", 8), "u64": ("Q", 8), "fp32": ("f", 4)}
 
@@ -38,10 +41,12 @@ class LaunchConfig(ctypes.Structure):
 
 
 class Driver(NamedTuple):
-    """The two functions of the CUDA driver that are called here."""
+    """The functions of the CUDA driver that are called here."""
 
     launch: Callable[..., int]
     parameter: Callable[..., int]
+    current_context: Callable[..., int]
+    use_context: Callable[..., int]
 
 
 @cache
@@ -49,7 +54,12 @@ def cuda_driver() -> Driver | None:
     """The driver; None where it is another system's, or older than CUDA 12.4."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        return Driver(library.cuLaunchKernelEx, library.cuFuncGetParamInfo)
+        return Driver(
+            library.cuLaunchKernelEx,
+            library.cuFuncGetParamInfo,
+            library.cuCtxGetCurrent,
+            library.cuCtxSetCurrent,
+        )
     except (OSError, AttributeError):
         return None
 
@@ -89,6 +99,7 @@ def relauncher(
     values: the kernel's arguments in order, tensors as addresses; moved: for each its index among
     the addresses, None if it stays. None when this kernel takes anything but pointers and plain
     numbers, or other parameters than its signature says: then Triton's launcher has to do it.
+    The current context has to be the kernel's.
     """
     driver, metadata = cuda_driver(), compiled.metadata
     types = tuple(compiled.src.signature.values())
@@ -130,13 +141,18 @@ def relauncher(
         ctypes.c_void_p(ctypes.addressof(parameters)),
         None,
     )
-    name = compiled.name
+    context = ctypes.c_void_p()
+    driver.current_context(ctypes.byref(context))
+    use_context, name = driver.use_context, compiled.name
 
     def launch_again(stream: int, moving: Sequence[int]) -> None:
         with lock:
             write(cells, 0, *moving)
             config.stream = stream
             error = launch(*arguments)
+            if error == INVALID_CONTEXT:  # the first use of CUDA in this thread
+                use_context(context)
+                error = launch(*arguments)
         if error:
             raise RuntimeError(f"CUDA error {error} when launching {name}")
 

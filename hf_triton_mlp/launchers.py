@@ -163,7 +163,8 @@ def linear(
 
     One launch, or one more for a norm that the plan's kernel does not fuse, and one more when K
     is split.
-    waited: the launch before this one is ours, and has waited for whoever wrote the weights.
+    waited: whoever wrote the weights is done: the launch before this one is ours, say, and has
+    itself waited.
     """
     M, N = x.shape[0], weight.shape[0]
     if M == 0:
@@ -494,19 +495,19 @@ class DecodeMLP:
     def __init__(self, up: Tensor) -> None:
         self.intermediate, self.hidden = up.shape
         self.device, self.dtype = up.device, up.dtype
-        self._bound: dict[tuple[int, bool], BoundLaunches] = {}
+        self._bound: dict[tuple[int, bool, bool], BoundLaunches] = {}
 
-    def __call__(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+    def __call__(self, input: Tensor, residual: Tensor | None, early: bool) -> Tensor | None:
         """The MLP of input (…, H), with a norm of input + residual, plus the residual.
 
         None when no launches are bound for such a call: another number of rows, tensors that are
         not contiguous or not aligned, another current device, a profiler that wants to see
-        launches.
+        launches. early: as in `TritonMLP.forward`.
         """
         x = input.data_ptr()
         r = None if residual is None else residual.data_ptr()
         M = input.numel() // self.hidden
-        bound = self._bound.get((M, r is None))
+        bound = self._bound.get((M, r is None, early))
         if (
             bound is None
             or (x | (r or 0)) % 16
@@ -540,10 +541,12 @@ class DecodeMLP:
         activation: str,
         norm: tuple[str, Tensor | None, Tensor | None, float] | None,
         carry_normed: bool,
+        early: bool,
     ) -> None:
         """Bind the launches for calls with as many rows as these tensors have, if few.
 
-        norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`.
+        norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`;
+        early: as in `TritonMLP.forward`.
         """
         M = input.numel() // self.hidden
         for tensor in (input, residual):
@@ -571,7 +574,7 @@ class DecodeMLP:
                 summands: Summands,
                 out: Tensor,
             ) -> None:
-                rest = (gate, activation, norm, summands, out, bool(calls))
+                rest = (gate, activation, norm, summands, out, early or bool(calls))
                 if plan.splits == 1:
                     calls.append(linear_launch(plan, source, *linear, *rest))
                     return
@@ -592,7 +595,7 @@ class DecodeMLP:
             for tensor in work:
                 offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)
             moving = (x, r, out, *work)
-            self._bound[M, r is None] = BoundLaunches(
+            self._bound[M, r is None, early] = BoundLaunches(
                 tuple([bind(call, moving) for call in calls]), offsets.pop(), tuple(offsets)
             )
 

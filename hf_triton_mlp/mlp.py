@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp.kernels import INTERPRETED
@@ -137,7 +138,7 @@ class BoundParts:
         self.parts = parts
         self.norm_eps = norm_eps
         modules = [part for part in parts if part is not None]
-        self.modules = [(module, type(module)) for module in modules]
+        self.modules = [(module, type(module), module.__dict__) for module in modules]
         self.norms = [module for module in modules if hasattr(module, "eps")]
         self.parameters = [
             (module._parameters, name, p, p.data_ptr(), p.dtype, p.shape, p.stride())
@@ -159,8 +160,7 @@ class BoundParts:
         """
         if parts != self.parts:
             return False
-        for module, cls in self.modules:
-            state = module.__dict__
+        for module, cls, state in self.modules:
             if (
                 type(module) is not cls
                 or state["_forward_hooks"]
@@ -360,6 +360,7 @@ class TritonMLP(nn.Module):
         *,
         norm: nn.Module | None = None,
         projections: Projections | None = None,
+        early: bool = False,
     ) -> Tensor:
         """One of four sums; a = input, r = residual, b_a = bias, all (…, H), fresh output.
 
@@ -369,12 +370,16 @@ class TritonMLP(nn.Module):
         - no norm: MLP(a) + r
 
         `norm` is the layer's norm module (instead of attn_nw, attn_nb), `projections` the layer's
-        (up, gate, down) where this module does not hold them.
+        (up, gate, down) where this module does not hold them. `early` promises that the kernel
+        launched last does not write weights (it computed the input, say), so that they may be read
+        before it has ended.
         Raises TypeError for integer or complex inputs and other dtypes than the weights', and
         ValueError for another hidden size or device than the weights'.
         """
         if not torch.compiler.is_compiling() and residual_norm is None and bias is None:
-            output = self._decode(input, residual, norm, projections)
+            output = None
+            if self._is_bound(input, norm, projections):
+                output = self._decode(input, residual, early)
             if output is not None:
                 return output
         check_floating(input)
@@ -417,39 +422,51 @@ class TritonMLP(nn.Module):
             and not INTERPRETED
             and not torch.cuda.is_current_stream_capturing()
         ):
-            self._bind(input, residual, weights, norm, projections)
+            self._bind(input, residual, weights, norm, projections, early)
         return output
 
-    def can_fuse(
+    def fuse(
         self, input: Tensor, norm: nn.Module, projections: Projections | None = None
-    ) -> bool:
-        """Whether a layer may hand its residual and norm to this module, on an input like this.
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """The rest of a layer as a function of (attention's output, residual) like this input.
 
-        If not, the layer runs its original forward: on the CPU, in training, with gradients, and
-        where hooks or adapters expect to see the layer's parts called.
+        A layer asks before its attention, whose kernels then lie between these and whoever wrote
+        the weights. None: the layer has to run its original forward, as on the CPU, in training,
+        with gradients, and where hooks or adapters expect to see the layer's parts called.
         """
         if not is_plain(self, type(self)) or not self._kernels_apply(input):
-            return False
-        if not torch.compiler.is_compiling() and self._is_bound(input, norm, projections):
-            return True
-        weights = self._weights(norm, projections)
-        return weights is not None and not needs_grad(input, *weights)
+            return None
+        bound = not torch.compiler.is_compiling() and self._is_bound(input, norm, projections)
+        if not bound:
+            weights = self._weights(norm, projections)
+            if weights is None or needs_grad(input, *weights):
+                return None
+
+        def finish(attention: Tensor, residual: Tensor | None) -> Tensor:
+            output = self._decode(attention, residual, True) if bound else None
+            if output is None:
+                return self(attention, residual, norm=norm, projections=projections, early=True)
+            return output
+
+        return finish
 
     def _is_bound(
         self, input: Tensor, norm: nn.Module | None, projections: Projections | None
     ) -> bool:
-        """Whether bound launches compute this: a plain GPU tensor, no gradients, no tracing."""
+        """Whether bound launches compute this: on their GPU, no gradients, no tracing or hooks.
+
+        This skips no check, it only asks whether something changed since the checks were made.
+        """
         bound = self._bound
         return (
             bound is not None
-            and type(input) is Tensor
-            and input.dtype is bound.launches.dtype
             and input.get_device() == bound.launches.device.index
-            and input.shape[-1] == self.config.hidden_size
             and not torch.is_grad_enabled()
             and not (self.training and not self.owns_weights)
             and not torch._C._is_any_autocast_enabled()
             and torch._C._len_torch_dispatch_stack() == 0
+            and not _global_forward_hooks
+            and not _global_forward_pre_hooks
             and bound.unchanged(self._parts(norm, projections))
         )
 
@@ -458,28 +475,21 @@ class TritonMLP(nn.Module):
     ) -> list[nn.Module | None]:
         return [*self._modules.values(), norm, *(projections or ())]
 
-    def _decode(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        norm: nn.Module | None,
-        projections: Projections | None,
-    ) -> Tensor | None:
-        """The output by bound launches; None if there are none for this call.
-
-        This skips no check, it only asks whether something changed since the checks were made.
-        """
-        if not self._is_bound(input, norm, projections):
-            return None
+    def _decode(self, input: Tensor, residual: Tensor | None, early: bool) -> Tensor | None:
+        """The output by bound launches, which `_is_bound`; None if there are none for this call."""
         assert self._bound is not None
-        if residual is not None and (
-            type(residual) is not Tensor
-            or residual.dtype is not input.dtype
-            or residual.shape != input.shape
-            or residual.get_device() != input.get_device()
-        ):
+        launches = self._bound.launches
+        for tensor in (input, residual):
+            if tensor is not None and (
+                type(tensor) is not Tensor
+                or tensor.dtype is not launches.dtype
+                or tensor.shape != input.shape
+                or tensor.get_device() != launches.device.index
+            ):
+                return None
+        if input.shape[-1] != launches.hidden:
             return None
-        return self._bound.launches(input, residual)
+        return launches(input, residual, early)
 
     def _bind(
         self,
@@ -488,6 +498,7 @@ class TritonMLP(nn.Module):
         weights: MLPWeights,
         norm: nn.Module | None,
         projections: Projections | None,
+        early: bool,
     ) -> None:
         """Bind decode launches for this number of rows to these weights, which are known to fit."""
         config, parts = self.config, self._parts(norm, projections)
@@ -506,6 +517,7 @@ class TritonMLP(nn.Module):
             activation=config.activation,
             norm=before,
             carry_normed=not config.pre_norm,
+            early=early,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class TritonBloomBlock(BloomBlock):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        if not self.mlp.can_fuse(hidden_states, self.post_attention_layernorm):
+        rest = self.mlp.fuse(hidden_states, self.post_attention_layernorm)
+        if rest is None:
             return super().forward(
                 hidden_states,
                 alibi,
@@ -50,7 +51,7 @@ class TritonBloomBlock(BloomBlock):
             use_cache=use_cache,
             output_attentions=output_attentions,
         )
-        return self.mlp(attention, norm=self.post_attention_layernorm), weights
+        return rest(attention, None), weights
 
 
 def _refuse(layer: nn.Module) -> str | None:

@@ -23,17 +23,22 @@ class TritonGPT2Block(GPT2Block):
     def forward(
         self,
         hidden_states: Any,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
         encoder_hidden_states: Any = None,
         encoder_attention_mask: Any = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        if encoder_hidden_states is not None or not self.mlp.can_fuse(hidden_states, self.ln_2):
+        # Its name before transformers 5.24; as the second argument, any version takes it.
+        cache = kwargs.pop("past_key_values", cache)
+        rest = None
+        if encoder_hidden_states is None:
+            rest = self.mlp.fuse(hidden_states, self.ln_2)
+        if rest is None:
             return super().forward(
                 hidden_states,
-                past_key_values=past_key_values,
+                cache,
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -42,12 +47,12 @@ class TritonGPT2Block(GPT2Block):
             )
         attention, _ = self.attn(
             self.ln_1(hidden_states),
-            past_key_values=past_key_values,
+            cache,
             attention_mask=attention_mask,
             use_cache=use_cache,
             **kwargs,
         )
-        return self.mlp(attention, residual=hidden_states, norm=self.ln_2)
+        return rest(attention, hidden_states)
 
 
 # Device maps and FSDP's wrapping policies find decoder layers by this name.

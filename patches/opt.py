@@ -18,38 +18,35 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: bool | None = False,
         position_ids: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        # Its name before transformers 5.24; by position, any version takes it.
+        cache = kwargs.pop("past_key_values", cache)
         before = self.do_layer_norm_before
         norm = self.final_layer_norm if before else self.self_attn_layer_norm
-        projections = (self.fc1, None, self.fc2)
-        if not self.mlp.has_activation(self.activation_fn) or not self.mlp.can_fuse(
-            hidden_states, norm, projections
-        ):
+        rest = None
+        if self.mlp.has_activation(self.activation_fn):
+            rest = self.mlp.fuse(hidden_states, norm, (self.fc1, None, self.fc2))
+        if rest is None:
             return super().forward(
                 hidden_states,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                attention_mask,
+                cache,
                 use_cache=use_cache,
                 position_ids=position_ids,
                 **kwargs,
             )
         attention, _ = self.self_attn(
-            hidden_states=self.self_attn_layer_norm(hidden_states) if before else hidden_states,
-            past_key_values=past_key_values,
+            self.self_attn_layer_norm(hidden_states) if before else hidden_states,
+            cache,
             position_ids=position_ids,
             attention_mask=attention_mask,
             **kwargs,
         )
-        output = self.mlp(
-            attention,
-            residual=hidden_states,
-            norm=norm,
-            projections=projections,
-        )
+        output = rest(attention, hidden_states)
         return output if before else self.final_layer_norm(output)
 
 

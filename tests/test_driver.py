@@ -3,6 +3,7 @@
 import ctypes
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,8 @@ class Listener:
     """A driver that says how its kernel's parameters are laid out, and keeps what it is given."""
 
     sizes: list[int]
-    error: int = 0
+    errors: list[int] = field(default_factory=list)
+    context: int | None = 0x77
     launches: list[dict[str, Any]] = field(default_factory=list)
 
     def parameter(self, function: Any, index: Any, offset: Any, size: Any) -> int:
@@ -56,13 +58,21 @@ class Listener:
                 "extra": extra,
             }
         )
-        return self.error
+        return self.errors.pop() if self.errors else 0
+
+    def current_context(self, context: Any) -> int:
+        ctypes.cast(context, ctypes.POINTER(ctypes.c_void_p))[0] = self.context
+        return 0
+
+    def use_context(self, context: Any) -> int:
+        self.context = context.value
+        return 0
 
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
     found = Listener([*SIZES, 8, 8])
-    listening = Driver(found.launch, found.parameter)
+    listening = Driver(found.launch, found.parameter, found.current_context, found.use_context)
     monkeypatch.setattr(driver, "cuda_driver", lambda: listening)
     yield found
 
@@ -115,10 +125,21 @@ def test_no_attribute_without_programmatic_dependent_launch(listener: Listener) 
 
 
 def test_errors_are_raised(listener: Listener) -> None:
-    listener.error = 700
+    listener.errors = [700]
     again = relauncher(compiled(), (1, 1, 1), VALUES, MOVED, 2)
     assert again is not None
     with pytest.raises(RuntimeError, match="CUDA error 700 when launching a_kernel"):
+        again(0, (1, 2))
+
+
+def test_a_thread_without_a_context_gets_the_kernels(listener: Listener) -> None:
+    again = relauncher(compiled(), (1, 1, 1), VALUES, MOVED, 2)
+    assert again is not None
+    listener.context, listener.errors = None, [driver.INVALID_CONTEXT]
+    again(0, (1, 2))
+    assert listener.context == 0x77 and len(listener.launches) == 2
+    listener.errors = [driver.INVALID_CONTEXT, driver.INVALID_CONTEXT]
+    with pytest.raises(RuntimeError, match="CUDA error 201 when launching a_kernel"):
         again(0, (1, 2))
 
 
@@ -190,3 +211,16 @@ def test_the_same_bits_as_by_tritons_launcher(
         (bound,) = mlp._bound.launches._bound.values()
         assert not any(hasattr(launch, "keep") for launch in bound.launches)
         assert torch.equal(mlp(a, r), first)
+
+
+@pytest.mark.gpu
+def test_the_first_use_of_cuda_in_a_thread() -> None:
+    mlp = TritonMLP(MLPConfig(hidden_size=768, intermediate_size=3072)).cuda().eval()
+    a, r = torch.randn(2, 1, 768, device="cuda")
+    with torch.no_grad():
+        first = mlp(a, r)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        again = pool.submit(torch.no_grad()(mlp), a, r).result()
+    torch.cuda.synchronize()
+    assert torch.equal(again, first)

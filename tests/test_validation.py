@@ -106,7 +106,7 @@ def test_the_first_difference_and_its_margin(model: Any) -> None:
     class OtherSecondToken(GPT2LMHeadModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
-            past = kwargs.get("past_key_values")
+            past = kwargs.get("cache", kwargs.get("past_key_values"))
             if past is not None and past.get_seq_length() == first.shape[1]:
                 output.logits[..., best.indices[1]] += 100
             return output

@@ -117,8 +117,8 @@ def skinny_linear_kernel(
 
     ONE_BLOCK, which several ROWS need: K <= BLOCK_K, so that a row is in registers as a whole;
     PROGRAMS > 0 then share the blocks of W, and each computes the norm once. PDL: the program may
-    start while its predecessor runs. Before gdc_wait it warms the L2 up or, if that predecessor
-    has itself WAITED for whoever may have written the weights, loads its first weights.
+    start while its predecessor runs. Before gdc_wait it warms the L2 up or, if whoever may have
+    written the weights has been WAITED for, loads its first weights.
     """
     tl.static_assert(ROWS == 1 or ONE_BLOCK)
     pid_n = tl.program_id(0)
@@ -140,56 +140,48 @@ def skinny_linear_kernel(
         add2_ptr += rows * stride_add2
     out_ptr += rows * N
 
+    # The norm's weights wait in registers where latency decides; longer rows need the registers.
+    hold_affine: tl.constexpr = NORM is not None and ONE_BLOCK and BLOCK_K <= 2048
     if PDL:
-        if WAITED:
-            w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
-            b = load_vector(b_ptr, offs_n[None, :], mask_n[None, :])
-            gdc_wait()
-        else:
-            prefetch_vector(b_ptr, pid_n * BLOCK_N, N, BLOCK_N)
-            if ONE_BLOCK and NORM is not None:
-                # Every program reads all of these: one asks for them.
-                if pid_n == 0:
-                    prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
-                    prefetch_vector(norm_b_ptr, 0, K, BLOCK_K)
-            if LINES > 0:
-                first_n = pid_n * BLOCK_N
+        if ONE_BLOCK and NORM is not None and not (WAITED and hold_affine):
+            # Every program reads all of these: one asks for them.
+            if pid_n == 0:
+                prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
+                prefetch_vector(norm_b_ptr, 0, K, BLOCK_K)
+    if PDL and not WAITED:
+        prefetch_vector(b_ptr, pid_n * BLOCK_N, N, BLOCK_N)
+        if LINES > 0:
+            first_n = pid_n * BLOCK_N
+            prefetch_weights(
+                w_ptr, first_n, N, K, stride_wn, stride_wk, K_CONTIGUOUS, BLOCK_N, LINES
+            )
+            if gate_w_ptr is not None:
                 prefetch_weights(
-                    w_ptr, first_n, N, K, stride_wn, stride_wk, K_CONTIGUOUS, BLOCK_N, LINES
+                    gate_w_ptr, first_n, N, K, stride_gn, stride_gk, K_CONTIGUOUS, BLOCK_N, LINES
                 )
-                if gate_w_ptr is not None:
-                    prefetch_weights(
-                        gate_w_ptr,
-                        first_n,
-                        N,
-                        K,
-                        stride_gn,
-                        stride_gk,
-                        K_CONTIGUOUS,
-                        BLOCK_N,
-                        LINES,
-                    )
-            gdc_wait()
-            w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
-            b = load_vector(b_ptr, offs_n[None, :], mask_n[None, :])
-        gdc_launch_dependents()
-    else:
-        w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
-        b = load_vector(b_ptr, offs_n[None, :], mask_n[None, :])
+        gdc_wait()
+    w = load_weights(w_rows, offs_k, stride_wk, mask_n, K, EVICT)
     if gate_w_ptr is not None:
         g_rows = gate_w_ptr + offs_n.to(tl.int64) * stride_gn
         g = load_weights(g_rows, offs_k, stride_gk, mask_n, K, EVICT)
-
-    # What the epilogue adds is asked for now, so that it is there in time.
     offs = offs_n[None, :]
     mask = offs < N
+    b = load_vector(b_ptr, offs, mask)
     gate_b = load_vector(gate_b_ptr, offs, mask)
+    in_row = offs_k[None, :]
+    mask_k = in_row < K
+    if hold_affine:
+        scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
+    if PDL:
+        if WAITED:
+            gdc_wait()
+        gdc_launch_dependents()
+
+    # What the epilogue adds is asked for now, so that it is there in time.
     summand = tl.zeros((ROWS, BLOCK_N), tl.float32)
     if NORM is None:
         summand += load_summands(add_ptr, add2_ptr, add_bias_ptr, offs, mask)
 
-    in_row = offs_k[None, :]
-    mask_k = in_row < K
     if NORM is not None:
         # Every program writes a few columns of the carry; CARRY_BLOCK is K over programs.
         offs_c = (pid_n * CARRY_BLOCK + tl.arange(0, CARRY_BLOCK))[None, :]
@@ -197,7 +189,8 @@ def skinny_linear_kernel(
         carry = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_c, mask_c)
         if ONE_BLOCK:
             s = load_sum(x_ptr, add_ptr, add_bias_ptr, in_row, mask_k)
-            scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
+            if not hold_affine:
+                scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
             mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
             x = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
             x = tl.where(mask_k, x, 0.0)
