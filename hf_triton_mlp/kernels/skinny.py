@@ -9,6 +9,7 @@ from hf_triton_mlp.kernels.norm import (
     load_affine,
     load_sum,
     normalize,
+    statistics_at_once,
     statistics_of_row,
     statistics_of_values,
 )
@@ -140,10 +141,13 @@ def skinny_linear_kernel(
         add2_ptr += rows * stride_add2
     out_ptr += rows * N
 
-    # The norm's weights wait in registers where latency decides; longer rows need the registers.
-    hold_affine: tl.constexpr = NORM is not None and ONE_BLOCK and BLOCK_K <= 2048
+    # Latency decides for short rows: the norm's weights wait in registers, which long rows need.
+    SHORT: tl.constexpr = ONE_BLOCK and BLOCK_K <= 2048
     if PDL:
-        if ONE_BLOCK and NORM is not None and not (WAITED and hold_affine):
+        if WAITED:
+            # The next kernel may load its weights too.
+            gdc_launch_dependents()
+        if ONE_BLOCK and NORM is not None and not (WAITED and SHORT):
             # Every program reads all of these: one asks for them.
             if pid_n == 0:
                 prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
@@ -170,12 +174,13 @@ def skinny_linear_kernel(
     gate_b = load_vector(gate_b_ptr, offs, mask)
     in_row = offs_k[None, :]
     mask_k = in_row < K
-    if hold_affine:
+    if SHORT and NORM is not None:
         scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
     if PDL:
         if WAITED:
             gdc_wait()
-        gdc_launch_dependents()
+        else:
+            gdc_launch_dependents()
 
     # What the epilogue adds is asked for now, so that it is there in time.
     summand = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -189,9 +194,14 @@ def skinny_linear_kernel(
         carry = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_c, mask_c)
         if ONE_BLOCK:
             s = load_sum(x_ptr, add_ptr, add_bias_ptr, in_row, mask_k)
-            if not hold_affine:
+            if not SHORT:
                 scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
-            mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
+            if SHORT and NORM == "layer_norm" and out_ptr.dtype.element_ty != tl.float32:
+                begin = tl.zeros((1, 1), tl.int32)
+                first = load_sum(x_ptr, add_ptr, add_bias_ptr, begin, begin < K)
+                mean, rstd = statistics_at_once(s, first, mask_k, K, eps)
+            else:
+                mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
             x = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
             x = tl.where(mask_k, x, 0.0)
         else:
