@@ -148,6 +148,28 @@ def test_mlp_gemm_options(device: str, tokens: int, norm: str, pre_norm: bool) -
         check_mlp_gemm(op, weights, tokens, residual=residual, bias=bias)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("row", ["shifted", "first is all", "last is all", "constant"])
+def test_norms_of_rows_that_cancel(device: str, dtype: torch.dtype, tokens: int, row: str) -> None:
+    weights = mlp_weights(768, 48, dtype, device)
+    x = torch.randn(tokens, 768)
+    if row == "shifted":
+        x += 50
+    elif row == "constant":
+        x[:] = 3
+    else:
+        x[:, 0 if row == "first is all" else -1] = 3000
+    x = x.to(weights.up)
+    op = MLPGemmOp(activation="gelu_new", pre_norm=False)
+    with torch.no_grad():
+        reference = op.reference(x, weights)
+        if dtype == torch.float32:
+            reference = op.compose(x.double(), MLPWeights(*wide(weights)), None, None)  # type: ignore[arg-type]
+        assert_accurate(op(x, weights), op.compose(x, weights, None, None), reference)
+
+
 TILE = {"block_m": 16, "block_n": 32, "block_k": 32}
 PLANS = {
     "tiled": Plan(kernel="tiled", **TILE, num_stages=2),
