@@ -1,28 +1,22 @@
 """The MLP benchmark: one layer half of a model, ours against what else a PyTorch user can run."""
 
 import gc
-import importlib
-import importlib.util
 import json
 import math
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 import triton
 from rich.box import SIMPLE
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import GPT2Config
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import hf_triton_mlp
 from hf_triton_mlp.launchers import MLPWeights, plan_linear
@@ -35,106 +29,13 @@ from hf_triton_mlp.measure import (
     device_times,
     random_layers,
 )
-from hf_triton_mlp.mlp import MLPConfig, TritonMLP
-from hf_triton_mlp.ops import MLPGemmOp
+from hf_triton_mlp.peers import COMPILED, OURS, peers
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 #: Calls of so few rows may be bound by the host, so what a call costs it is measured too.
 HOST_ROWS = 16
-#: max-autotune takes up to a minute a cell, so it is measured for some.
-MAX_AUTOTUNE_ROWS = (1, 128)
-MAX_AUTOTUNE_CASES = ("gpt2", "opt-1.3b")
-OURS = "hf_triton_mlp"
-COMPILED = ("torch.compile", "max-autotune")
-
-
-# --- the peers --------------------------------------------------------------------------------
-
-
-def peers(case: Case, layers: list[MLPWeights], M: int) -> Iterator[tuple[str, LayerHalf]]:
-    """What computes a layer half of this case, by name; ours first."""
-    ours = [_triton_mlp(case, weights) for weights in layers]
-    yield OURS, lambda a, r, i: ours[i](a, r)
-    op = MLPGemmOp(activation=case.activation, norm=case.norm)
-    yield "torch eager", lambda a, r, i: op.compose(a, layers[i], r, None)
-    if case.activation in ("gelu_new", "relu"):
-        yield "_addmm_activation", lambda a, r, i: _addmm_half(case, layers[i], a, r)
-    if case.name == "gpt2":
-        modules = [_transformers_modules(case, weights) for weights in layers]
-        yield "transformers eager", lambda a, r, i: _transformers_half(*modules[i], a, r)
-    if case.gated and importlib.util.find_spec("liger_kernel") is not None:
-        yield "liger", lambda a, r, i: _liger_half(layers[i], a, r)
-    compiled = torch.compile(op.compose, dynamic=False)
-    yield "torch.compile", lambda a, r, i: compiled(a, layers[i], r, None)
-    if M in MAX_AUTOTUNE_ROWS and case.name in MAX_AUTOTUNE_CASES:
-        tuned = torch.compile(op.compose, dynamic=False, mode="max-autotune-no-cudagraphs")
-        yield "max-autotune", lambda a, r, i: tuned(a, layers[i], r, None)
-
-
-def _triton_mlp(case: Case, weights: MLPWeights) -> TritonMLP:
-    config = MLPConfig(
-        hidden_size=case.hidden,
-        intermediate_size=case.intermediate,
-        dtype=weights.up.dtype,
-        activation=case.activation,
-        gated=case.gated,
-        norm=case.norm,
-        up_bias=case.bias,
-        down_bias=case.bias,
-    )
-    with torch.device("meta"):
-        mlp = TritonMLP(config).eval()
-    up = weights.up if weights.gate is None else torch.cat((weights.up, weights.gate))
-    mlp.inter_w = _parameter(up)
-    mlp.inter_b, mlp.output_b = _parameter(weights.up_bias), _parameter(weights.down_bias)
-    mlp.output_w = _parameter(weights.down)
-    mlp.attn_nw, mlp.attn_nb = _parameter(weights.norm_weight), _parameter(weights.norm_bias)
-    return mlp
-
-
-def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-
-
-def _addmm_half(case: Case, w: MLPWeights, attention: Tensor, residual: Tensor) -> Tensor:
-    s = residual + attention
-    u = F.layer_norm(s, s.shape[-1:], w.norm_weight, w.norm_bias)
-    gelu = case.activation != "relu"
-    assert w.up_bias is not None
-    addmm = torch._addmm_activation  # pyright: ignore[reportPrivateImportUsage]
-    return s + F.linear(addmm(w.up_bias, u, w.up.t(), use_gelu=gelu), w.down, w.down_bias)
-
-
-def _transformers_modules(case: Case, w: MLPWeights) -> tuple[nn.LayerNorm, GPT2MLP]:
-    """GPT-2's own modules, on the same values: (in, out) weights, `gelu_new` as it computes it."""
-    with torch.device("meta"):
-        norm = nn.LayerNorm(case.hidden)
-        mlp = GPT2MLP(case.intermediate, GPT2Config(n_embd=case.hidden)).eval()
-    state = {
-        "c_fc.weight": w.up.t().contiguous(),
-        "c_fc.bias": w.up_bias,
-        "c_proj.weight": w.down.t().contiguous(),
-        "c_proj.bias": w.down_bias,
-    }
-    mlp.load_state_dict(state, assign=True)
-    norm.load_state_dict({"weight": w.norm_weight, "bias": w.norm_bias}, assign=True)
-    return norm, mlp
-
-
-def _transformers_half(
-    norm: nn.Module, mlp: nn.Module, attention: Tensor, residual: Tensor
-) -> Tensor:
-    s = residual + attention
-    return s + mlp(norm(s))
-
-
-def _liger_half(w: MLPWeights, attention: Tensor, residual: Tensor) -> Tensor:
-    ops = importlib.import_module("liger_kernel.ops")
-
-    assert w.gate is not None
-    u, s = ops.LigerFusedAddRMSNormFunction.apply(attention, residual, w.norm_weight, 1e-5)
-    hidden = ops.LigerSiLUMulFunction.apply(F.linear(u, w.gate), F.linear(u, w.up))
-    return s + F.linear(hidden, w.down)
+#: A peer whose error is this many times PyTorch's own computes something else.
+WRONG = 10
 
 
 # --- measuring --------------------------------------------------------------------------------
@@ -204,23 +105,28 @@ def _cell(
     chain = Chain(case, layers, M)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     found: dict[str, dict[str, Any]] = {}
-    for name, half in peers(case, layers, M):
+    same_bits = False
+    for name, build in peers(case, M).items():
         if name in COMPILED and not compiled:
             continue
         before = time.monotonic()
         try:
+            half = build(case, layers)
             chain.first(half)
             found[name] = {"first_call_s": round(time.monotonic() - before, 3)}
+            error, own = chain.errors(case, layers[0], half)
+            found[name]["error_over_torch"] = round(error / own, 2)
+            if not error <= WRONG * own:
+                raise ArithmeticError(f"relative error {error:.2g}, PyTorch's own {own:.2g}")
             if M <= HOST_ROWS:
                 found[name].update(_host(chain, half))
+            if name == OURS:
+                same_bits = torch.equal(chain.run(half), chain.run(half))
             graphs[name] = chain.capture(half)
         except Exception as error:  # a peer that cannot run this is a result too
             if name == OURS:
                 raise
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
-    ours = next(half for _, half in peers(case, layers, M))
-    error, own = chain.errors(case, layers[0], ours)
-    same_bits = torch.equal(chain.run(ours), chain.run(ours))
     for name, times in device_times(graphs, chain.layers).items():
         found[name]["device_us"] = {k: round(v, 3) for k, v in times._asdict().items()}
     us = found[OURS]["device_us"]["median"]
@@ -242,7 +148,7 @@ def _cell(
         "of_product_ceiling": round(tflop_s / ceiling["product_tflop_s"], 3),
         "best_other": best,
         "speedup": round(others[best]["device_us"]["median"] / us, 3),
-        "error_over_torch": round(error / own, 2),
+        "error_over_torch": found[OURS]["error_over_torch"],
         "same_bits": same_bits,
     }
 

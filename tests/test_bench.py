@@ -1,13 +1,18 @@
 """The MLP benchmark: its peers compute the same thing, and its record says what was measured."""
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from hf_triton_mlp import bench
+from hf_triton_mlp import bench, peers
 from hf_triton_mlp.measure import CASES, Case, Chain, random_layers
 from hf_triton_mlp.ops import MLPGemmOp
 
@@ -18,23 +23,72 @@ SMALL = [
 ]
 
 
+class FakeGemLite(ModuleType):
+    """GemLite's 16-bit linear layer, as version 0.6.0 takes its arguments."""
+
+    core = SimpleNamespace(TORCH_TO_DTYPE={torch.float32: "FP32"})
+
+    class GemLiteLinear:
+        def __init__(self, W_nbits: int, group_size: int, in_features: int, out_features: int,
+                     input_dtype: str, output_dtype: str) -> None:  # fmt: skip
+            assert W_nbits == 16 and group_size == in_features
+            assert input_dtype == output_dtype == "FP32"
+            self.shape = (out_features, in_features)
+
+        def pack(self, W_q: Tensor, scales: None, zeros: None, bias: Tensor | None) -> Any:
+            assert W_q.shape == self.shape and scales is zeros is None
+            return lambda x: F.linear(x, W_q, bias)
+
+
+class FakeLiger(ModuleType):
+    """Liger's two functions, as version 0.8.5 takes and returns tensors."""
+
+    class LigerFusedAddRMSNormFunction:
+        @staticmethod
+        def apply(X: Tensor, R: Tensor, W: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+            return F.rms_norm(X + R, W.shape, W, eps), X + R
+
+    class LigerSiLUMulFunction:
+        @staticmethod
+        def apply(a: Tensor, b: Tensor) -> Tensor:
+            return F.silu(a) * b
+
+
+@pytest.fixture
+def wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the wheels of other projects were installed."""
+    gemlite, liger, ops = FakeGemLite("gemlite"), ModuleType("liger_kernel"), FakeLiger("ops")
+    for name, module in (("gemlite", gemlite), ("liger_kernel", liger), ("liger_kernel.ops", ops)):
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("wheels")
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_peers_compute_the_same(case: Case) -> None:
     layers = random_layers(case, torch.float32, "cpu")[:3]
     chain = Chain(case, layers, 5)
     op = MLPGemmOp(activation=case.activation, norm=case.norm)
     expected = chain.first(lambda a, r, i: op.reference(a, layers[i], r))
-    names = []
+    found = peers.peers(case, 1)
     with torch.no_grad():
-        for name, half in bench.peers(case, layers, 5):
-            names.append(name)
-            if name not in bench.COMPILED and name != "liger":
+        for name, build in found.items():
+            if name not in ("torch.compile", "max-autotune"):
                 # On the CPU _addmm_activation computes GELU by erf, on a GPU by tanh.
                 atol = 1e-3 if name == "_addmm_activation" else 1e-5
-                torch.testing.assert_close(chain.first(half), expected, rtol=1e-5, atol=atol)
-    assert names[0] == bench.OURS and {"torch eager", "torch.compile"} <= set(names)
-    assert ("_addmm_activation" in names) != case.gated
-    assert ("transformers eager" in names) == (case.name == "gpt2")
+                actual = chain.first(build(case, layers))
+                torch.testing.assert_close(actual, expected, rtol=1e-5, atol=atol)
+    assert next(iter(found)) == peers.OURS
+    assert {"torch eager", "torch.compile", "gemlite"} <= set(found)
+    assert ("_addmm_activation" in found) != case.gated
+    assert ("liger" in found) == case.gated
+    assert ("transformers eager" in found) == (case.name == "gpt2")
+
+
+def test_wheels_of_others_are_optional() -> None:
+    for name in ("gemlite", "liger_kernel"):
+        if not peers.installed(name):
+            assert not {"gemlite", "liger"} & set(peers.peers(SMALL[2], 1))
 
 
 def test_layers_do_not_stay_in_the_l2() -> None:
