@@ -1,6 +1,8 @@
 """The MLP benchmark: one layer half of a model, ours against what else a PyTorch user can run."""
 
 import gc
+import importlib.metadata
+import itertools
 import json
 import math
 import platform
@@ -29,8 +31,9 @@ from hf_triton_mlp.measure import (
     device_times,
     random_layers,
 )
-from hf_triton_mlp.peers import COMPILED, OURS, peers
+from hf_triton_mlp.peers import COMPILED, OURS, installed, peers
 
+DTYPES = ("float16", "bfloat16")
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 #: Calls of so few rows may be bound by the host, so what a call costs it is measured too.
 HOST_ROWS = 16
@@ -44,58 +47,102 @@ WRONG = 10
 def bench_mlp(
     cases: Iterable[str] = tuple(CASES),
     rows: Iterable[int] = ROWS,
-    dtypes: Iterable[str] = ("float16", "bfloat16"),
+    dtypes: Iterable[str] = DTYPES,
     *,
     compiled: bool = True,
     seconds: float = math.inf,
-    progress: Callable[[str], None] = lambda cell: None,
+    kept: dict[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda cell, done, total: None,
     save: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
     """Measure every cell (dtype, case, number of rows) on the current GPU.
 
-    compiled: also what torch.compile makes, which takes most of the time. After so many seconds
-    the remaining cells are listed as skipped. `progress` is told each cell before it is measured,
-    `save` gets the record after it. Times are in microseconds.
+    compiled: also the peers that compile or tune themselves, which take most of the time. After
+    so many seconds the remaining cells are listed as skipped. kept: a record of the same device
+    and versions, whose cells are not measured again; ValueError when it is of others. `progress`
+    is told each cell before it is measured, `save` gets the record after it. Times are in
+    microseconds.
     """
     started = time.monotonic()
-    chosen = [CASES[name] for name in cases]
-    record: dict[str, Any] = {
+    run: dict[str, Any] = {
         "command": " ".join(["hf-triton-mlp", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "hf_triton_mlp": hf_triton_mlp.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "transformers": transformers.__version__,
-        },
-        "layer half": "a + r; norm; MLP; + (a + r), rotated over layers past the L2",
         "ceilings": {},
-        "cells": [],
-        "skipped": [],
     }
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "layer half": "a + r; norm; MLP; + (a + r), rotated over layers past the L2",
+        "compiled peers": compiled,
+        "runs": [],
+        "skipped": [],
+        "cells": [],
+    }
+    if kept is not None:
+        _check_same(kept, record)
+        record["runs"], record["cells"] = kept["runs"], kept["cells"]
+    runs = record["runs"]
+    measured = {(cell["dtype"], cell["case"], cell["M"]) for cell in record["cells"]}
+    asked = itertools.product(dtypes, cases, rows)
+    missing = [cell for cell in asked if cell not in measured]
+    order = {case: number for number, case in enumerate(CASES)}
+    layers: list[MLPWeights] = []
+    held = None
     with torch.no_grad():
-        for name in dtypes:
-            dtype = getattr(torch, name)
-            record["ceilings"][name] = ceilings(dtype)._asdict()
-            for case in chosen:
-                layers = random_layers(case, dtype)
-                for M in rows:
-                    cell = f"{name} {case.name} M={M}"
-                    if time.monotonic() - started > seconds:
-                        record["skipped"].append(cell)
-                        continue
-                    progress(cell)
-                    measured = _cell(case, layers, M, compiled, record["ceilings"][name])
-                    record["cells"].append({"dtype": name, "case": case.name, "M": M, **measured})
-                    save(record)
-                del layers
+        for number, (dtype, case, M) in enumerate(missing):
+            name = f"{dtype} {case} M={M}"
+            if time.monotonic() - started > seconds:
+                record["skipped"].append(name)
+                continue
+            progress(name, number, len(missing))
+            if dtype not in run["ceilings"]:
+                run["ceilings"][dtype] = ceilings(getattr(torch, dtype))._asdict()
+            if held != (dtype, case):
+                layers.clear()
                 gc.collect()
                 torch.cuda.empty_cache()
-    record["seconds"] = round(time.monotonic() - started, 1)
+                layers += random_layers(CASES[case], getattr(torch, dtype))
+                held = dtype, case
+            cell = _cell(CASES[case], layers, M, compiled, run["ceilings"][dtype])
+            place = {"dtype": dtype, "case": case, "M": M, "run": len(runs)}
+            record["cells"].append({**place, **cell})
+            record["cells"].sort(key=lambda c: (DTYPES.index(c["dtype"]), order[c["case"]], c["M"]))
+            run["seconds"] = round(time.monotonic() - started, 1)
+            record["runs"] = [*runs, run]
+            save(record)
     save(record)
     return record
+
+
+def versions() -> dict[str, str]:
+    """Of all that computes, by package; those of peers that are wheels of their own if present."""
+    packages = {module.__name__: module for module in (hf_triton_mlp, torch, triton, transformers)}
+    return {
+        "python": platform.python_version(),
+        **{name: module.__version__ for name, module in packages.items()},
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("gemlite", "liger_kernel")
+            if installed(name)
+        },
+    }
+
+
+def _check_same(kept: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raise ValueError unless both records are of one device, one set of versions and peers."""
+
+    def setting(of: dict[str, Any]) -> dict[str, Any]:
+        keys = ("device", "layer half", "compiled peers")
+        return {**{key: of.get(key) for key in keys}, **of.get("versions", {})}
+
+    there, here = setting(kept), setting(record)
+    differ = [
+        f"{key} {there.get(key)} there, {here.get(key)} here"
+        for key in {**there, **here}
+        if there.get(key) != here.get(key)
+    ]
+    if differ:
+        raise ValueError(f"the record cannot be continued: {'; '.join(differ)}")
 
 
 def _cell(
@@ -268,9 +315,22 @@ def _legend(figure: Any) -> tuple[list[Any], list[str]]:
     return list(entries.values()), list(entries)
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A record that `write` wrote; ValueError when it is something else."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no record of this benchmark: {error}") from error
+    if not isinstance(record, dict) or not {"device", "versions", "runs", "cells"} <= set(record):
+        raise ValueError(f"{path} is no record that this benchmark can continue")
+    return record
+
+
 def write(record: dict[str, Any], path: Path) -> None:
-    """One cell a line, so that a diff shows which changed."""
+    """One cell a line, so that a diff shows which changed. The file is whole at every moment."""
     head = {key: value for key, value in record.items() if key != "cells"}
-    cells = ",\n".join("  " + json.dumps(cell) for cell in record["cells"])
+    lines = ",\n".join("  " + json.dumps(cell) for cell in record["cells"])
     text = json.dumps({**head, "geometric_means": geometric_means(record)}, indent=1)
-    path.write_text(f'{text[:-2]},\n "cells": [\n{cells}\n ]\n}}\n')
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f'{text[:-2]},\n "cells": [\n{lines}\n ]\n}}\n')
+    part.replace(path)

@@ -162,7 +162,9 @@ def bench_mlp(
     dtype: Annotated[list[str] | None, typer.Option(help="float16, bfloat16 or both")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile too, which takes longest")] = True,
     seconds: Annotated[float, typer.Option(help="start no cell after so many")] = math.inf,
-    output: Annotated[Path | None, typer.Option("--json", help="write the record here")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="the record; cells that it holds already are kept")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="draw a plot here (needs matplotlib)")] = None,
 ) -> None:
     """Time one layer's residual + norm + MLP + residual, ours and everyone's."""
@@ -176,20 +178,18 @@ def bench_mlp(
         for path in (output, plot):
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"no folder {path.parent} to write {path.name} in")
+        kept = bench.read(output) if output is not None and output.exists() else None
         _need_gpu()
-        cases, sizes = tuple(case or CASES), tuple(rows or bench.ROWS)
         dtypes = tuple(dtype or DTYPES[1:])
         with _bar() as show:
-            cells = iter(range(len(cases) * len(sizes) * len(dtypes)))
             record = bench.bench_mlp(
-                cases,
-                sizes,
+                tuple(case or CASES),
+                tuple(rows or bench.ROWS),
                 dtypes,
                 compiled=compiled,
                 seconds=seconds,
-                progress=lambda cell: show(
-                    cell, next(cells), len(cases) * len(sizes) * len(dtypes)
-                ),
+                kept=kept,
+                progress=show,
                 save=lambda record: None if output is None else bench.write(record, output),
             )
         for name in dtypes:

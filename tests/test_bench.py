@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_triton_mlp import bench, peers
-from hf_triton_mlp.measure import CASES, Case, Chain, random_layers
+from hf_triton_mlp.measure import CASES, Case, Ceilings, Chain, random_layers
 from hf_triton_mlp.ops import MLPGemmOp
 
 SMALL = [
@@ -88,6 +88,7 @@ def test_peers_compute_the_same(case: Case) -> None:
 def test_wheels_of_others_are_optional() -> None:
     for name in ("gemlite", "liger_kernel"):
         if not peers.installed(name):
+            assert name not in bench.versions()
             assert not {"gemlite", "liger"} & set(peers.peers(SMALL[2], 1))
 
 
@@ -130,6 +131,48 @@ def test_tables() -> None:
     assert bench.table(RECORD, "float16").row_count == 2
 
 
+def test_continues_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only missing cells are measured; another device's record is refused."""
+    measured = []
+
+    def measure(case: Case, layers: Any, M: int, *_: Any) -> dict[str, Any]:
+        measured.append((case.name, M))
+        return {"speedup": 2.0, "peers": {}}
+
+    monkeypatch.setattr(bench, "_cell", measure)
+    monkeypatch.setattr(bench, "random_layers", lambda *_: [])
+    monkeypatch.setattr(bench, "ceilings", lambda _: Ceilings(3.0, 700.0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    file = tmp_path / "record.json"
+
+    def run(rows: list[int], **options: Any) -> dict[str, Any]:
+        kept = bench.read(file) if file.exists() else None
+        save = lambda record: bench.write(record, file)  # noqa: E731
+        return bench.bench_mlp(["opt-1.3b", "gpt2"], rows, ["float16"], kept=kept, save=save,
+                               **options)  # fmt: skip
+
+    run([1])
+    assert [len(bench.read(file)[key]) for key in ("runs", "cells")] == [1, 2]
+    assert run([1, 2], seconds=-1)["skipped"] == ["float16 opt-1.3b M=2", "float16 gpt2 M=2"]
+    assert len(bench.read(file)["runs"]) == 1
+    record = run([2, 1])
+    assert bench.read(file) == {**record, "geometric_means": {"M <= 16": 2.0}}
+    assert measured == [("opt-1.3b", 1), ("gpt2", 1), ("opt-1.3b", 2), ("gpt2", 2)]
+    cells = [(c["case"], c["M"], c["run"]) for c in record["cells"]]
+    assert cells == [("gpt2", 1, 0), ("gpt2", 2, 1), ("opt-1.3b", 1, 0), ("opt-1.3b", 2, 1)]
+    assert [run["ceilings"]["float16"]["read_tb_s"] for run in record["runs"]] == [3.0, 3.0]
+    assert run([1, 2]) == record and len(measured) == 4
+
+    with pytest.raises(ValueError, match="compiled peers True there, False here"):
+        run([4], compiled=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another")
+    with pytest.raises(ValueError, match="device a GPU there, another here"):
+        run([4])
+    file.write_text("{")
+    with pytest.raises(ValueError, match=r"record\.json is no record"):
+        run([4])
+
+
 def test_plot_and_file(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench.plot(RECORD, tmp_path / "plot.png", "float16")
@@ -142,27 +185,27 @@ def test_plot_and_file(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_bench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CASES", {case.name: case for case in SMALL})
-    saved, cells = [], []
+    saved, told = [], []
     record = bench.bench_mlp(
         ["gpt2", "gated"],
         [1, 40],
         ["float16"],
         compiled=False,
-        progress=cells.append,
+        progress=lambda *what: told.append(what),
         save=lambda record: saved.append(len(record["cells"])),
     )
-    assert len(record["cells"]) == len(cells) == 4 and saved == [1, 2, 3, 4, 4]
+    assert saved == [1, 2, 3, 4, 4] and told[3] == ("float16 gated M=40", 3, 4)
     for found in record["cells"]:
-        peers = found["peers"]
-        assert not any("failed" in peer for peer in peers.values())
+        by_name = found["peers"]
+        assert not any("failed" in peer for peer in by_name.values())
         assert found["error_over_torch"] <= 2 and found["same_bits"]
-        for peer in peers.values():
+        for peer in by_name.values():
             us = peer["device_us"]
             assert 0 < us["least"] <= us["median"] <= us["most"] < 10_000
-        assert ("host_us" in peers[bench.OURS]) == (found["M"] == 1)
+        assert ("host_us" in by_name[bench.OURS]) == (found["M"] == 1)
         assert found["speedup"] == pytest.approx(
-            peers[found["best_other"]]["device_us"]["median"]
-            / peers[bench.OURS]["device_us"]["median"],
+            by_name[found["best_other"]]["device_us"]["median"]
+            / by_name[bench.OURS]["device_us"]["median"],
             abs=1e-3,
         )
     record = bench.bench_mlp(["relu"], [1, 2], ["float16"], compiled=False, seconds=0)
