@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -234,41 +234,82 @@ def geometric_means(record: dict[str, Any]) -> dict[str, float]:
     return means
 
 
-def _columns(record: dict[str, Any], dtype: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a table: µs of ours and of the best other, and the ratio."""
-    cells = {(c["case"], c["M"]): c for c in record["cells"] if c["dtype"] == dtype}
-    cases = list(dict.fromkeys(case for case, _ in cells))
-    rows = []
-    for M in sorted({M for _, M in cells}):
-        row = [str(M)]
-        for case in cases:
-            cell = cells.get((case, M))
-            if cell is None:
-                row.append("-")
-                continue
-            ours, best = (
-                cell["peers"][name]["device_us"]["median"] for name in (OURS, cell["best_other"])
-            )
-            row.append(f"{ours:.4g} / {best:.4g} ({cell['speedup']:.2f} x)")
-        rows.append(row)
-    return ["rows", *cases], rows
+def tables(record: dict[str, Any]) -> Iterator[Table]:
+    """For a terminal of 100 columns, one for each dtype and case."""
+    columns = (
+        "rows",
+        "ours, µs",
+        "best other, µs",
+        "ratio",
+        "reached",
+        "share",
+        "host µs,\nboth",
+        "error /\ntorch's",
+        "same\nbits",
+    )
+    groups = dict.fromkeys((cell["dtype"], cell["case"]) for cell in record["cells"])
+    for dtype, case in groups:
+        shown = Table(title=f"{case}, {dtype}", box=SIMPLE, padding=(0, 1, 0, 0))
+        for name in columns:
+            shown.add_column(name, justify="right", no_wrap=True)
+        for cell in record["cells"]:
+            if (cell["dtype"], cell["case"]) == (dtype, case):
+                shown.add_row(*_row(cell))
+        yield shown
 
 
-def table(record: dict[str, Any], dtype: str) -> Table:
-    """For a terminal: µs of ours, of the best of the others, and how many times faster."""
-    header, rows = _columns(record, dtype)
-    shown = Table(*header, title=f"{record['device']}, {dtype}: µs, ours / best other", box=SIMPLE)
-    for row in rows:
-        shown.add_row(*row)
-    return shown
+def _row(cell: dict[str, Any]) -> list[str]:
+    ours, best = cell["peers"][OURS], cell["peers"][cell["best_other"]]
+    median, least, most = (ours["device_us"][key] for key in ("median", "least", "most"))
+    reads, computes = cell["of_read_ceiling"], cell["of_product_ceiling"]
+    memory = reads >= computes
+    hosts = [f"{peer['host_us']:.0f}" if "host_us" in peer else "-" for peer in (ours, best)]
+    return [
+        str(cell["M"]),
+        f"{_us(median)} ±{(most - least) / 2 / median:.1%}",
+        f"{cell['best_other'].strip('_')} {_us(best['device_us']['median'])}",
+        f"{cell['speedup']:.2f}",
+        f"{cell['tb_s']:.2f} TB/s" if memory else f"{cell['tflop_s']:.0f} TFLOP/s",
+        f"{max(reads, computes):.0%}",
+        " / ".join(hosts),
+        f"{cell['error_over_torch']:.2f}",
+        "yes" if cell["same_bits"] else "NO",
+    ]
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Which peers failed where, and why."""
+    return [
+        f"failed: {name}, {cell['case']}, {cell['dtype']}, M={cell['M']}: {peer['failed']}"
+        for cell in record["cells"]
+        for name, peer in cell["peers"].items()
+        if "failed" in peer
+    ]
+
+
+def _us(us: float) -> str:
+    return f"{us:.1f}" if us < 100 else f"{us:.0f}"
 
 
 def markdown(record: dict[str, Any], dtype: str) -> str:
-    """The same for a README."""
-    header, rows = _columns(record, dtype)
-    return "\n".join(
-        "| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)
-    )
+    """For a README, all cases: µs of ours / of the best other, and how many times faster."""
+    cells = {(c["case"], c["M"]): c for c in record["cells"] if c["dtype"] == dtype}
+    cases = list(dict.fromkeys(case for case, _ in cells))
+    lines = [["rows", *cases], ["---"] * (1 + len(cases))]
+    for M in sorted({M for _, M in cells}):
+        line = [str(M)]
+        for case in cases:
+            cell = cells.get((case, M))
+            if cell is None:
+                line.append("-")
+                continue
+            ours, best = (
+                _us(cell["peers"][name]["device_us"]["median"])
+                for name in (OURS, cell["best_other"])
+            )
+            line.append(f"{ours} / {best} ({cell['speedup']:.2f} ×)")
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(record: dict[str, Any], path: Path, dtype: str) -> None:

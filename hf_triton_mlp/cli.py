@@ -192,12 +192,15 @@ def bench_mlp(
                 progress=show,
                 save=lambda record: None if output is None else bench.write(record, output),
             )
-        for name in dtypes:
-            console.print(bench.table(record, name))
+        console.print(f"{record['device']}; share: of what it reads or computes at best, measured")
+        for table in bench.tables(record):
+            console.print(table)
         for group, mean in bench.geometric_means(record).items():
-            console.print(f"{group}: {mean:.2f} x the best of the others (geometric mean)")
-        for cell in record["skipped"]:
-            console.print(f"skipped for lack of time: {cell}")
+            console.print(f"{group}: {mean:.2f} × the best of the others (geometric mean)")
+        for failure in bench.failures(record):
+            console.print(escape(failure), soft_wrap=True)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
         if plot is not None:
             bench.plot(record, plot, dtypes[0])
 

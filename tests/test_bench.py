@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
 from hf_triton_mlp import bench, peers
@@ -100,35 +101,67 @@ def test_layers_do_not_stay_in_the_l2() -> None:
 
 def cell(case: str, M: int, ours: float, other: float) -> dict[str, Any]:
     def times(us: float) -> dict[str, Any]:
-        return {"device_us": {"median": us, "least": us, "most": us}}
+        return {"device_us": {"median": us, "least": us, "most": 1.02 * us}}
 
+    eager = {**times(other), "host_us": 123.4}
     return {
         "dtype": "float16",
         "case": case,
         "M": M,
-        "peers": {bench.OURS: times(ours), "torch eager": times(other), "x": {"failed": "no"}},
-        "best_other": "torch eager",
+        "run": 0,
+        "peers": {bench.OURS: times(ours), "transformers eager": eager, "x": {"failed": "no"}},
+        "tb_s": 2.5,
+        "tflop_s": 678.9,
+        "of_read_ceiling": 0.83,
+        "of_product_ceiling": 0.1 if M < 512 else 0.91,
+        "best_other": "transformers eager",
         "speedup": other / ours,
+        "error_over_torch": 0.9,
+        "same_bits": True,
     }
 
 
 RECORD = {
     "device": "a GPU",
-    "cells": [cell("gpt2", 1, 5, 20), cell("gpt2", 64, 10, 20), cell("opt-30b", 1, 300, 300)],
+    "versions": {"torch": "1"},
+    "runs": [],
     "skipped": [],
+    "cells": [
+        cell("gpt2", 1, 5, 20),
+        cell("gpt2", 64, 10, 20),
+        cell("opt-30b", 1, 300, 300),
+        cell("opt-30b", 8192, 9876, 12345),
+    ],
 }
 
 
 def test_geometric_means() -> None:
-    assert bench.geometric_means(RECORD) == {"M <= 16": 2.0, "M = 32-128": 2.0}
+    assert bench.geometric_means(RECORD) == {
+        "M <= 16": 2.0,
+        "M = 32-128": 2.0,
+        "M >= 512": 1.25,
+    }
 
 
 def test_tables() -> None:
     shown = bench.markdown(RECORD, "float16").splitlines()
     assert shown[0] == "| rows | gpt2 | opt-30b |"
-    assert shown[2] == "| 1 | 5 / 20 (4.00 x) | 300 / 300 (1.00 x) |"
-    assert shown[3] == "| 64 | 10 / 20 (2.00 x) | - |"
-    assert bench.table(RECORD, "float16").row_count == 2
+    assert shown[2] == "| 1 | 5.0 / 20.0 (4.00 ×) | 300 / 300 (1.00 ×) |"
+    assert shown[3] == "| 64 | 10.0 / 20.0 (2.00 ×) | - |"
+    tables = list(bench.tables(RECORD))
+    assert [table.title for table in tables] == ["gpt2, float16", "opt-30b, float16"]
+    console = Console(width=100, record=True)
+    for table in tables:
+        console.print(table)
+    text = console.export_text()
+    for expected in (
+        "5.0 ±1.0%  transformers eager 20.0  4.00    2.50 TB/s   83%",
+        "9876 ±1.0%  transformers eager 12345  1.25  679 TFLOP/s   91%",
+        "- / 123",
+    ):
+        assert " ".join(expected.split()) in " ".join(text.split()), text
+    assert "…" not in text
+    assert bench.failures(RECORD)[0] == "failed: x, gpt2, float16, M=1: no"
 
 
 def test_continues_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
