@@ -1,6 +1,7 @@
 """The MLP benchmark: its peers compute the same thing, and its record says what was measured."""
 
 import json
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_triton_mlp import bench, peers
 from hf_triton_mlp.measure import CASES, Case, Ceilings, Chain, random_layers
 from hf_triton_mlp.ops import MLPGemmOp
 
+ROOT = Path(__file__).parents[1]
 SMALL = [
     Case("gpt2", 48, 96),
     Case("relu", 48, 96, "relu"),
@@ -162,6 +164,15 @@ def test_tables() -> None:
         assert " ".join(expected.split()) in " ".join(text.split()), text
     assert "…" not in text
     assert bench.failures(RECORD)[0] == "failed: x, gpt2, float16, M=1: no"
+
+
+def test_readme_shows_the_committed_record() -> None:
+    """After `<!-- file, dtype -->` stands the table of that file."""
+    readme = (ROOT / "README.md").read_text()
+    tables = re.findall(r"<!-- (\S+\.json), (\w+) -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
+    assert tables
+    for file, dtype, table in tables:
+        assert table == bench.markdown(json.loads((ROOT / file).read_text()), dtype)
 
 
 def test_continues_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
