@@ -1,5 +1,6 @@
 """The MLP benchmark: its peers compute the same thing, and its record says what was measured."""
 
+import importlib
 import json
 import re
 import sys
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_triton_mlp import bench, peers
 from hf_triton_mlp.measure import CASES, Case, Ceilings, Chain, random_layers
@@ -224,6 +226,21 @@ def test_plot_and_file(tmp_path: Path) -> None:
     bench.write(RECORD, tmp_path / "record.json")
     read = json.loads((tmp_path / "record.json").read_text())
     assert read == {**RECORD, "geometric_means": bench.geometric_means(RECORD)}
+
+
+def test_generate_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("generate")
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=97)
+    monkeypatch.setattr(module, "MODELS", {"tiny": lambda: GPT2LMHeadModel(config)})
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    module.main(["--rounds", "3", "--new-tokens", "4", "--output", str(tmp_path / "record.json")])
+    (result,) = json.loads((tmp_path / "record.json").read_text())["results"]
+    for found in (result["speedup"], *result["tokens_per_second"].values()):
+        low, high = found["range"]
+        assert 0 < low <= found["median"] <= high
+    assert result["equal_greedy_tokens"] == 4
+    assert result["logits_error"]["patched"] == result["logits_error"]["unpatched"]
 
 
 @pytest.mark.gpu
