@@ -192,7 +192,12 @@ def bench_mlp(
                 progress=show,
                 save=lambda record: None if output is None else bench.write(record, output),
             )
-        console.print(f"{record['device']}; share: of what it reads or computes at best, measured")
+        for run in record["runs"][-1:]:
+            for name, most in run["ceilings"].items():
+                console.print(
+                    f"{record['device']}, {name}: share of {most['read_tb_s']:.2f} TB/s read "
+                    f"or of {most['product_tflop_s']:.0f} TFLOP/s"
+                )
         for table in bench.tables(record):
             console.print(table)
         for group, mean in bench.geometric_means(record).items():
