@@ -53,7 +53,7 @@ def installed(module: str) -> bool:
 
 def _ours(case: Case, layers: list[MLPWeights]) -> LayerHalf:
     mlps = [_triton_mlp(case, weights) for weights in layers]
-    return lambda a, r, i: mlps[i](a, r)
+    return lambda a, r, i: mlps[i](a, r, early=True)
 
 
 def _triton_mlp(case: Case, weights: MLPWeights) -> TritonMLP:
