@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
@@ -13,11 +13,13 @@ import torch
 import triton
 from torch import Tensor, nn
 
+from hf_triton_mlp import tuning
 from hf_triton_mlp.launchers import MLPWeights, normed_mlp, plan_linear
 from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_layers
 from hf_triton_mlp.patching import mlp_configs
 from hf_triton_mlp.tuning import (
     DECODE_ROWS,
+    KERNELS,
     PDL_CAPABILITY,
     SKINNY_ROWS,
     Linear,
@@ -173,6 +175,7 @@ def layer_half(
             norm_eps=1e-5,
             pre_norm=True,
             plans=plans,
+            early=True,
         )
 
     return half
@@ -184,19 +187,30 @@ def linears(case: Case, M: int, dtype: torch.dtype) -> tuple[Linear, Linear]:
     return up, Linear(M, case.hidden, case.intermediate, dtype)
 
 
+def tried_plans(linear: Linear, kernels: Collection[str]) -> list[Plan]:
+    """The plan that the current GPU has for this, and the candidates of these kernels."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = gpu.major, gpu.minor
+    found = candidates(linear, capability, gpu.multi_processor_count)
+    chosen = [plan for plan in found if plan.kernel in kernels]
+    return list(dict.fromkeys([tuning.plan(linear, gpu.name, capability), *chosen]))
+
+
 def compile_kernels(
-    cases: Iterable[Case], rows: Iterable[int], dtype: torch.dtype, processes: int
+    cases: Iterable[Case],
+    rows: Iterable[int],
+    dtype: torch.dtype,
+    processes: int,
+    kernels: Collection[str] = KERNELS,
 ) -> Iterator[tuple[int, int]]:
     """Compile what `measure` will launch into Triton's cache, several at a time.
 
     Yields (done, all). A kernel that cannot be compiled shows when it is measured.
     """
-    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
-    kind = (gpu.major, gpu.minor), gpu.multi_processor_count
     jobs: dict[tuple[object, ...], tuple[Case, int, int, Plan]] = {}
     for case, M in itertools.product(cases, rows):
         for i, linear in enumerate(linears(case, M, dtype)):
-            for plan in candidates(linear, *kind):
+            for plan in tried_plans(linear, kernels):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
                 shape = linear if plan.kernel == "skinny" else min(linear.M, 17)
                 key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
@@ -220,14 +234,19 @@ def _compile(case: Case, M: int, which: int, plan: Plan, dtype: torch.dtype) -> 
         return
 
 
-def measure(case: Case, layers: list[MLPWeights], M: int, *, milliseconds: float = 4.0) -> Measured:
-    """Try the candidates for up, then for down, in chains of layers in CUDA graphs.
+def measure(
+    case: Case,
+    layers: list[MLPWeights],
+    M: int,
+    *,
+    kernels: Collection[str] = KERNELS,
+    milliseconds: float = 4.0,
+) -> Measured:
+    """Try the plans in use and the candidates for up, then for down, in chains in CUDA graphs.
 
     A plan that does not compile, or whose error exceeds twice torch's own, does not count.
     """
     dtype = layers[0].up.dtype
-    gpu = torch.cuda.get_device_properties(layers[0].up.device)
-    kind = (gpu.major, gpu.minor), gpu.multi_processor_count
     chain = Chain(case, layers, M)
     tried: list[tuple[str, Plan, float]] = []
     found: list[Plan | None] = [
@@ -236,7 +255,7 @@ def measure(case: Case, layers: list[MLPWeights], M: int, *, milliseconds: float
     ]
     for i, linear in enumerate(linears(case, M, dtype)):
         times: dict[Plan, float] = {}
-        for plan in candidates(linear, *kind):
+        for plan in tried_plans(linear, kernels):
             plans = (plan, found[1]) if i == 0 else (found[0], plan)
             half = layer_half(case, layers, plans)
             try:
@@ -283,16 +302,18 @@ def tune(
     path: Path,
     *,
     rows: Iterable[int] = ROWS,
+    kernels: Collection[str] = KERNELS,
     processes: int | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[tuple[Case, int, Measured]]:
     """Measure the current GPU for these MLPs and add the fastest plans to the table at `path`.
 
-    `progress` is told (what, done, of how many). The table is written after each case.
+    Only candidates of these kernels are tried, beside the plans that are in use. `progress` is told
+    (what, done, of how many). The table is written after each case.
     """
     rows = tuple(rows)
     processes = processes or max(1, min(14, (os.cpu_count() or 2) - 2))
-    for done, total in compile_kernels(cases, rows, dtype, processes):
+    for done, total in compile_kernels(cases, rows, dtype, processes, kernels):
         progress("compiling kernels", done, total)
     found: list[tuple[Case, int, Measured]] = []
     with torch.no_grad():
@@ -300,7 +321,7 @@ def tune(
             plans: dict[str, Plan] = {}
             layers = random_layers(case, dtype)
             for M in rows:
-                measured = measure(case, layers, M)
+                measured = measure(case, layers, M, kernels=kernels)
                 found.append((case, M, measured))
                 for linear, plan in zip(linears(case, M, dtype), measured[:2], strict=True):
                     plans[linear.key] = plan

@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from rich.table import Table
 import hf_triton_mlp
 from hf_triton_mlp import autotune, bench, tuning, validation
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.measure import CASES, Case
+from hf_triton_mlp.measure import CASES
 from hf_triton_mlp.patching import patch_model, patch_report, specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
@@ -126,7 +126,14 @@ def validate(
 
 @app.command()
 def tune(
-    models: Annotated[list[str], typer.Argument(help="folders, or names on the model hub")],
+    models: Annotated[
+        list[str] | None, typer.Argument(help="folders, or names on the model hub")
+    ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="a shape of `bench mlp`")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="try only this one, beside the plans in use")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16: one serves both")] = "float16",
     output: Annotated[
         Path | None, typer.Option("--json", help="the table; default: where it is looked for")
@@ -136,21 +143,32 @@ def tune(
     with _errors_in_one_line():
         if dtype not in DTYPES[1:]:
             raise ValueError(f"plans are tuned for float16 or bfloat16, found {dtype!r}")
+        if not models and not case:
+            raise ValueError("name a model, or a shape by --case")
+        _known("case", case, CASES)
+        _known("kernel", kernel, tuning.KERNELS)
         _need_gpu()
-        cases: list[Case] = []
-        for name in models:
+        cases = [CASES[name] for name in case or ()]
+        for name in models or ():
             config = transformers.AutoConfig.from_pretrained(name)
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             cases += autotune.cases_of(model, name)
         path = output or tuning.user_file()
         with _bar() as show:
-            found = autotune.tune(cases, getattr(torch, dtype), path, progress=show)
+            found = autotune.tune(
+                cases,
+                getattr(torch, dtype),
+                path,
+                rows=rows or autotune.ROWS,
+                kernels=kernel or tuning.KERNELS,
+                progress=show,
+            )
         table = Table("MLP", "rows", "up", "down", "µs a layer", box=SIMPLE)
-        for case, rows, measured in found:
-            sizes = f"{case.name} {case.hidden}, {case.intermediate}"
+        for one, M, measured in found:
+            sizes = f"{one.name} {one.hidden}, {one.intermediate}"
             plans = str(measured.up), str(measured.down)
-            table.add_row(sizes, str(rows), *plans, f"{measured.us:.1f}")
+            table.add_row(sizes, str(M), *plans, f"{measured.us:.1f}")
         console.print(table)
         console.print(f"written: {escape(str(path))}", soft_wrap=True)
 
@@ -169,12 +187,8 @@ def bench_mlp(
 ) -> None:
     """Time one layer's residual + norm + MLP + residual, ours and everyone's."""
     with _errors_in_one_line():
-        unknown = set(case or ()) - set(CASES)
-        if unknown:
-            raise ValueError(f"unknown case {sorted(unknown)[0]!r}; there are {', '.join(CASES)}")
-        for name in dtype or ():
-            if name not in DTYPES[1:]:
-                raise ValueError(f"unknown dtype {name!r}; there are float16, bfloat16")
+        _known("case", case, CASES)
+        _known("dtype", dtype, DTYPES[1:])
         for path in (output, plot):
             if path is not None and not path.parent.is_dir():
                 raise ValueError(f"no folder {path.parent} to write {path.name} in")
@@ -268,6 +282,12 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=what, completed=done, total=total)
 
         yield show
+
+
+def _known(what: str, names: Iterable[str] | None, known: Collection[str]) -> None:
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}; there are {', '.join(known)}")
 
 
 def _need_gpu() -> None:

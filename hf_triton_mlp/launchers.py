@@ -197,8 +197,12 @@ def normed_mlp(
     norm_eps: float,
     pre_norm: bool,
     plans: tuple[Plan | None, Plan | None] = (None, None),
+    early: bool = False,
 ) -> Tensor:
-    """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H)."""
+    """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H).
+
+    early: as in `TritonMLP.forward`.
+    """
     w = weights
     up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None)
     down_plan = plans[1] or plan_linear(x.shape[0], w.down)
@@ -223,6 +227,7 @@ def normed_mlp(
         norm=before,
         summands=Summands(add=residual, add_bias=bias),
         plan=up_plan,
+        waited=early,
     )
     if in_place:
         # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.

@@ -88,6 +88,10 @@ def test_info() -> None:
         (("validate", CHECKPOINTS / "gpt2", "--json", "no-such-folder/a.json"), "no-such-folder"),
         (("demo", "--checkpoints", "no-such-folder"), "no-such-folder"),
         (("demo", "t5", "--checkpoints", CHECKPOINTS), "t5"),
+        (("tune",), "name a model"),
+        (("tune", "--case", "gpt3"), "unknown case 'gpt3'; there are gpt2,"),
+        (("tune", "--case", "gpt2", "--kernel", "magic"), "unknown kernel 'magic'"),
+        (("bench", "mlp", "--dtype", "int8"), "unknown dtype 'int8'"),
     ],
 )
 def test_errors_take_one_line(arguments: tuple[object, ...], text: str) -> None:

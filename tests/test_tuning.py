@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,19 @@ def test_candidates_can_run() -> None:
                     for plan in plans:
                         plan.check(M, HALF)
                         assert plan.pdl == (capability == HOPPER)
+
+
+def test_the_plan_in_use_is_tried_too(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name=GPU, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    linear = Linear(2, 2048, 8192, HALF)
+    in_use = replace(choose(linear, HOPPER), block_n=64)
+    save(table, GPU, {linear.key: in_use})
+    tried = autotune.tried_plans(linear, ("skinny",))
+    assert tried[0] == in_use and len(tried) > 10
+    assert {plan.kernel for plan in tried[1:]} == {"skinny"}
+    assert set(tried[1:]) < set(autotune.tried_plans(linear, tuning.KERNELS))
 
 
 def test_cases_of_a_model() -> None:
