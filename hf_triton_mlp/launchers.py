@@ -100,6 +100,10 @@ _compiled: dict[tuple[object, ...], Any] = {}
 _COMPILED_LIMIT = 4096
 
 
+#: Products and sums in one instruction, which Triton 3.10 no longer does unless it is told to.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 class Launch(NamedTuple):
     """One kernel launch: kernel[grid](*tensors, *scalars, *constants), its options in `plan`."""
 
@@ -128,7 +132,7 @@ def launch(call: Launch) -> Any:
     )
     compiled = _compiled.get(key)
     if compiled is None:
-        options = {"launch_pdl": True} if pdl else {}
+        options = {**OPTIONS, "launch_pdl": True} if pdl else OPTIONS
         compiled = kernel[grid](
             *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages, **options
         )

@@ -1,0 +1,125 @@
+"""The kernels compile for GPUs that are not there: no error, no spilled register, memory that fits.
+
+Triton needs no GPU to make machine code, and ptxas comes with it.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_triton_mlp import launchers
+from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
+from hf_triton_mlp.measure import CASES, Case
+from hf_triton_mlp.tuning import Linear, Plan, choose
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+#: Shared memory that a block may have, by compute capability, in bytes: A100, RTX 30/40, H100.
+SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton has no cuobjdump"),
+]
+
+
+def source(call: Launch) -> ASTSource:
+    """What Triton's launcher would compile for this launch."""
+    arguments = (*call.tensors, *call.scalars, *call.constants)
+    kernel = call.kernel
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=True)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes[i,] = [["tt.divisibility", 16]]
+        elif i >= len(arguments) - len(call.constants) or value is None or value == 1:
+            signature[name] = "constexpr"
+            constants[i,] = value
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> None:
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "launch_pdl": call.pdl}
+    options |= launchers.OPTIONS
+    compiled = triton.compile(source(call), target=target, options=options)
+    assert compiled.metadata.shared <= SHARED[capability]
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    used = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", used)
+    assert found is not None and int(found[2]) == 0, f"registers spill to the stack: {used}"
+
+
+def launches(
+    case: Case, M: int, dtype: torch.dtype, plans: tuple[Plan, Plan], *, early: bool = True
+) -> list[Launch]:
+    """The launches of a layer half, on tensors without memory."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def vector(size: int, present: bool = True) -> torch.Tensor | None:
+        return empty(size) if present else None
+
+    H, I = case.hidden, case.intermediate  # noqa: E741
+    x, residual, carry, hidden, out = (
+        empty(M, H),
+        empty(M, H),
+        empty(M, H),
+        empty(M, I),
+        empty(M, H),
+    )
+    up_plan, down_plan = plans
+    norm = Norm(case.norm, vector(H), vector(H, case.norm == "layer_norm"), 1e-5, carry, False)
+    found: list[Launch] = []
+    before, summands = norm, Summands(residual)
+    if not up_plan.fuses_norm:
+        normed = empty(M, H)
+        found.append(launchers.norm_launch(x, residual, None, norm, normed, pdl=up_plan.pdl))
+        x, before, summands = normed, None, NO_SUMMANDS
+    up = empty(I, H), vector(I, case.bias), (empty(I, H) if case.gated else None, None)
+    down = empty(H, I), vector(H, case.bias), (None, None)
+    linears = (
+        (up_plan, x, up, case.activation, before, summands, hidden, early),
+        (down_plan, hidden, down, None, None, Summands(carry), out, True),
+    )
+    for plan, source, (weight, bias, gate), activation, norm_, adds, result, waited in linears:
+        rest = (source, weight, bias, gate, activation, norm_, adds, result, waited)
+        if plan.kernel == "library":
+            continue
+        if plan.splits == 1:
+            found.append(launchers.linear_launch(plan, *rest))
+        else:
+            parts = launchers.split_parts(plan, result, gated=gate[0] is not None)
+            found.extend(launchers.split_launches(plan, *rest, parts))
+    return found
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 64])
+@pytest.mark.parametrize("name", ["gpt2", "opt-1.3b", "llama-3.1-8b"])
+def test_default_plans_compile(
+    name: str, tokens: int, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    case, dtype = CASES[name], torch.float16
+    plans = (
+        choose(Linear(tokens, case.intermediate, case.hidden, dtype, True, case.gated), capability),
+        choose(Linear(tokens, case.hidden, case.intermediate, dtype), capability),
+    )
+    for call in launches(case, tokens, dtype, plans):
+        check_compiles(call, capability, tmp_path)
