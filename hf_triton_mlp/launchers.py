@@ -558,6 +558,8 @@ class DecodeMLP:
         early: as in `TritonMLP.forward`.
         """
         M = input.numel() // self.hidden
+        if (M, residual is None, early) in self._bound:
+            return
         for tensor in (input, residual):
             if tensor is not None and (tensor.data_ptr() % 16 or not tensor.is_contiguous()):
                 return

@@ -1,5 +1,6 @@
 """GPT-2: pre-norm, Conv1D projections, stored (in, out)."""
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -7,6 +8,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import MLPSpec
+
+#: The name of the argument with the cache; transformers 5.24 changed it.
+CACHE = list(inspect.signature(GPT2Block.forward).parameters)[2]
 
 
 class TritonGPT2MLP(TritonMLP, GPT2MLP):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -30,15 +34,13 @@ class TritonGPT2Block(GPT2Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        # Its name before transformers 5.24; as the second argument, any version takes it.
-        cache = kwargs.pop("past_key_values", cache)
+        kwargs.setdefault(CACHE, cache)
         rest = None
         if encoder_hidden_states is None:
             rest = self.mlp.fuse(hidden_states, self.ln_2)
         if rest is None:
             return super().forward(
                 hidden_states,
-                cache,
                 attention_mask=attention_mask,
                 encoder_hidden_states=encoder_hidden_states,
                 encoder_attention_mask=encoder_attention_mask,
@@ -47,7 +49,6 @@ class TritonGPT2Block(GPT2Block):
             )
         attention, _ = self.attn(
             self.ln_1(hidden_states),
-            cache,
             attention_mask=attention_mask,
             use_cache=use_cache,
             **kwargs,

@@ -18,31 +18,19 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        cache: Any = None,
-        use_cache: bool | None = False,
-        position_ids: Any = None,
+        *others: Any,
         **kwargs: Any,
     ) -> Tensor:
-        # Its name before transformers 5.24; by position, any version takes it.
-        cache = kwargs.pop("past_key_values", cache)
         before = self.do_layer_norm_before
         norm = self.final_layer_norm if before else self.self_attn_layer_norm
         rest = None
-        if self.mlp.has_activation(self.activation_fn):
+        if not others and self.mlp.has_activation(self.activation_fn):
             rest = self.mlp.fuse(hidden_states, norm, (self.fc1, None, self.fc2))
         if rest is None:
-            return super().forward(
-                hidden_states,
-                attention_mask,
-                cache,
-                use_cache=use_cache,
-                position_ids=position_ids,
-                **kwargs,
-            )
+            return super().forward(hidden_states, attention_mask, *others, **kwargs)
+        kwargs.pop("use_cache", None)
         attention, _ = self.self_attn(
-            self.self_attn_layer_norm(hidden_states) if before else hidden_states,
-            cache,
-            position_ids=position_ids,
+            hidden_states=self.self_attn_layer_norm(hidden_states) if before else hidden_states,
             attention_mask=attention_mask,
             **kwargs,
         )

@@ -260,6 +260,22 @@ def test_a_hook_sees_what_it_saw(family: str, path: str, order: str) -> None:
         torch.testing.assert_close(tensor, other, **CLOSE)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_attention_is_called_as_before(family: str, use_cache: bool, device: str) -> None:
+    """A hook finds the same arguments under the same names."""
+    seen: list[tuple[int, list[str]]] = []
+    model = tiny.build(family).to(device)
+    for layer in tiny.decoder_layers(family, model):
+        layer.get_submodule(tiny.PLACES[family].attention).register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((len(args), sorted(kwargs))), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(**tiny.batch(device), use_cache=use_cache)
+        patch_model(model)(**tiny.batch(device), use_cache=use_cache)
+    assert seen[: tiny.LAYERS] == seen[tiny.LAYERS :] and len(seen) == 2 * tiny.LAYERS
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("family", "path"), HOOKED)
 def test_a_backward_hook_sees_what_it_saw(family: str, path: str, order: str) -> None:
