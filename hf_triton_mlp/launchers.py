@@ -503,7 +503,7 @@ class DecodeMLP:
 
     def __init__(self, up: Tensor) -> None:
         self.intermediate, self.hidden = up.shape
-        self.device, self.dtype = up.device, up.dtype
+        self.device_index, self.dtype = up.device.index, up.dtype
         self._bound: dict[tuple[int, bool, bool], BoundLaunches] = {}
 
     def __call__(self, input: Tensor, residual: Tensor | None, early: bool) -> Tensor | None:
@@ -522,13 +522,13 @@ class DecodeMLP:
             or (x | (r or 0)) % 16
             or not input.is_contiguous()
             or (residual is not None and not residual.is_contiguous())
-            or torch._C._cuda_getDevice() != self.device.index
+            or torch._C._cuda_getDevice() != self.device_index
             or runtime.launch_enter_hook.calls
             or runtime.launch_exit_hook.calls
         ):
             return None
         out = torch.empty_like(input)
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         # torch.cuda.caching_allocator_alloc without its checks: half the time of a tensor.
         work = torch._C._cuda_cudaCachingAllocator_raw_alloc(bound.work_bytes, stream)
         try:

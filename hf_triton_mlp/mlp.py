@@ -460,7 +460,7 @@ class TritonMLP(nn.Module):
         bound = self._bound
         return (
             bound is not None
-            and input.get_device() == bound.launches.device.index
+            and input.get_device() == bound.launches.device_index
             and not torch.is_grad_enabled()
             and not (self.training and not self.owns_weights)
             and not torch._C._is_any_autocast_enabled()
@@ -484,7 +484,7 @@ class TritonMLP(nn.Module):
                 type(tensor) is not Tensor
                 or tensor.dtype is not launches.dtype
                 or tensor.shape != input.shape
-                or tensor.get_device() != launches.device.index
+                or tensor.get_device() != launches.device_index
             ):
                 return None
         if input.shape[-1] != launches.hidden:
