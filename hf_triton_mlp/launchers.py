@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.knobs import runtime
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp import tuning
 from hf_triton_mlp.driver import relauncher
@@ -22,10 +23,12 @@ from hf_triton_mlp.kernels import (
     combine_splits_kernel,
     decode_linear_kernel,
     norm_kernel,
+    persistent_linear_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
     tiled_linear_kernel,
 )
+from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import DECODE_ROWS, Linear, Plan
 
 
@@ -105,11 +108,14 @@ OPTIONS = {"enable_fp_fusion": True}
 
 
 class Launch(NamedTuple):
-    """One kernel launch: kernel[grid](*tensors, *scalars, *constants), its options in `plan`."""
+    """One kernel launch: kernel[grid](*tensors, *scalars, *constants), its options in `plan`.
+
+    What a descriptor's blocks are is among the constants; the first tensor is none.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor | TensorDescriptor | None, ...]
     scalars: tuple[int | float, ...]
     constants: tuple[object, ...]
     num_warps: int
@@ -122,13 +128,16 @@ def launch(call: Launch) -> Any:
     kernel, grid, tensors, scalars, constants, num_warps, num_stages, pdl = call
     key = (
         id(kernel),
-        tensors[0].device.index,  # pyright: ignore[reportOptionalMemberAccess]
+        tensors[0].device.index,  # pyright: ignore
         scalars,
         constants,
         num_warps,
         num_stages,
         pdl,
-        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
+        *[
+            None if t is None or isinstance(t, TensorDescriptor) else (t.dtype, t.data_ptr() % 16)
+            for t in tensors
+        ],
     )
     compiled = _compiled.get(key)
     if compiled is None:
@@ -177,6 +186,10 @@ def linear(
     if norm is not None and not plan.fuses_norm:
         x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
         norm, summands, waited = None, NO_SUMMANDS, True
+    if plan.kernel == "persistent" and not addressable(
+        x, weight, gate[0], (summands.add, summands.add2)
+    ):
+        plan = tuning.choose(linear_of(M, weight, gate[0] is not None), gpu(weight.device.index)[1])
     if plan.kernel == "library":
         return library_linear(x, weight, bias, gate, activation, summands)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -268,9 +281,12 @@ def library_linear(
 
 def plan_linear(M: int, weight: Tensor, *, gated: bool = False) -> Plan:
     """How M rows times weight (N, K) run on its device."""
+    return tuning.plan(linear_of(M, weight, gated), *gpu(weight.device.index))
+
+
+def linear_of(M: int, weight: Tensor, gated: bool) -> Linear:
     N, K = weight.shape
-    linear = Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
-    return tuning.plan(linear, *gpu(weight.device.index))
+    return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
 
 
 def linear_launch(
@@ -333,6 +349,29 @@ def linear_launch(
         )
         grid = (-(-M // together) * (shared or blocks), 1, 1)
         return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
+    if plan.kernel == "persistent":
+        tile = plan.block_m, plan.block_n, plan.block_k
+        # 32 results of each thread at a time, so that their epilogue fits its registers.
+        parts = max(1, plan.block_m * plan.block_n // (1024 * plan.num_warps))
+        weights, gate_place = describe_weights(weight, gate_weight, plan.block_n, plan.block_k)
+        whole = plan.splits == 1
+        tensors = (
+            weight,
+            gate_weight,
+            describe(x, (plan.block_m, plan.block_k)),
+            weights,
+            describe(out, (plan.block_m, plan.block_n // parts)) if whole else None,
+            None if whole else out,
+            add, add2, bias, gate_bias, add_bias,
+        )  # fmt: skip
+        rest = plan.group_m, plan.splits, parts, plan.lines, plan.pdl
+        constants = (activation, gate_place, *tile, *rest)
+        strides = weight.stride(0), *scalars[4:6]
+        tiles = -(-M // plan.block_m) * blocks * plan.splits
+        grid = (min(tiles, plan.programs or tiles), 1, 1)
+        return Launch(
+            persistent_linear_kernel, grid, tensors, (M, N, K, *strides), constants, *options
+        )
     tensors = (x, add, add2, out, weight, bias, gate_weight, gate_bias, add_bias)
     if plan.kernel == "decode":
         constants = (

@@ -34,6 +34,9 @@ LIBRARY_ROWS = 129
 #: A program may start before its predecessor has ended (programmatic dependent launch).
 PDL_CAPABILITY = (9, 0)
 
+#: The tensor memory accelerator, and the matrix units that it feeds.
+TMA_CAPABILITY = (9, 0)
+
 #: Programs that keep the multiprocessors of a data-centre GPU busy (A100 108, H100 132).
 BUSY_PROGRAMS = 128
 
@@ -49,7 +52,7 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-KERNELS = ("skinny", "decode", "tiled", "library")
+KERNELS = ("skinny", "decode", "tiled", "persistent", "library")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +60,13 @@ class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
     kernel: "skinny" (up to four rows: together if block_m says so and K is one block, else each on
-    its own), "decode" (16-bit, up to 16 rows), "tiled", or "library" (more rows, by cuBLAS, which
-    takes no parameters).
+    its own), "decode" (16-bit, up to 16 rows), "tiled", "persistent" (16-bit, more rows, Hopper,
+    where TMA can address the matrices), or "library" (more rows, by cuBLAS, which takes no
+    parameters).
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side; "tiled" gives each tile to `splits` programs; "skinny"
-    shares the tiles of a row among `programs` if K is one block, 0 for one each.
+    shares the tiles of a row among `programs` if K is one block, 0 for one each; "persistent"
+    shares `splits` parts of each tile among `programs`.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
     for `lines` lines of each weight row.
     """
@@ -114,6 +119,7 @@ class Plan:
         fewest, most = {
             "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, SKINNY_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
+            "persistent": (DECODE_ROWS + 1, 0 if dtype == torch.float32 else M),
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
         }.get(self.kernel, (1, M))

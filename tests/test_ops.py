@@ -13,6 +13,7 @@ import torch
 from hf_triton_mlp import tuning
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.launchers import Summands, linear
 from hf_triton_mlp.ops import (
     GELUGemmOp,
     MLPGemmOp,
@@ -20,7 +21,8 @@ from hf_triton_mlp.ops import (
     ResidualAddOp,
     VectorMatMulOp,
 )
-from hf_triton_mlp.tuning import PDL_CAPABILITY, Plan
+from hf_triton_mlp.tma import addressable
+from hf_triton_mlp.tuning import PDL_CAPABILITY, TMA_CAPABILITY, Plan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -204,6 +206,108 @@ def test_every_way_to_multiply_many_rows(
             op.compose(x, weights, add, add2, add_bias),
             op.reference(x, weights, add, add2, add_bias),
         )
+
+
+PERSISTENT = Plan(
+    kernel="persistent", block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3, group_m=2
+)
+PERSISTENT_PLANS = {
+    "a program a tile": (PERSISTENT, 63),
+    "three programs": (replace(PERSISTENT, programs=3, num_warps=1), 130),
+    "depth of two, four parts": (replace(PERSISTENT, block_n=128, block_k=128, num_warps=2), 17),
+    "three splits": (replace(PERSISTENT, splits=3, programs=2, lines=2), 63),
+    "more splits than depth": (replace(PERSISTENT, splits=5, num_warps=1), 17),
+}
+
+
+def needs_tma(device: str) -> None:
+    if device == "cuda" and torch.cuda.get_device_capability() < TMA_CAPABILITY:
+        pytest.skip("needs a GPU with a tensor memory accelerator")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != torch.float32])
+@pytest.mark.parametrize("name", PERSISTENT_PLANS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_way_to_share_tiles_among_programs(
+    device: str, dtype: torch.dtype, name: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_tma(device)
+    chosen, tokens = PERSISTENT_PLANS[name]
+    chosen = replace(chosen, pdl=device == "cuda")
+    monkeypatch.setattr(tuning, "plan", lambda *arguments: chosen)
+    # Rows are whole multiples of 16 bytes and nothing is whole blocks.
+    for activation, bias in (("gelu_new", True), ("silu", False)):
+        weights = mlp_weights(136, 200, dtype, device, gated=gated, bias=bias)
+        check_mlp_gemm(MLPGemmOp(activation=activation), weights, tokens, residual=bias, bias=bias)
+    x, add, add2 = torch.randn(3, tokens, 136).to(weights.up)
+    op, add_bias = GELUGemmOp(activation="relu"), torch.randn(136).to(x)
+    with torch.no_grad():
+        assert_accurate(
+            op(x, weights, add, add2, add_bias),
+            op.compose(x, weights, add, add2, add_bias),
+            op.reference(x, weights, add, add2, add_bias),
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_persistent_activations(
+    device: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_tma(device)
+    monkeypatch.setattr(tuning, "plan", lambda *arguments: PERSISTENT)
+    check_mlp_gemm(MLPGemmOp(activation=activation), mlp_weights(64, 72, torch.float16, device), 19)
+    gated = mlp_weights(64, 72, torch.float16, device, gated=True)
+    # One of the two has the gate at the higher address.
+    for weights in (gated, gated._replace(up=gated.gate, gate=gated.up)):
+        check_mlp_gemm(MLPGemmOp(activation=activation), weights, 19)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_tma_cannot_address(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other kernels compute it, whatever the plan says."""
+    needs_tma(device)
+    like = torch.empty(0, dtype=torch.float16, device=device)
+    whole, gate, broad = (torch.randn(72, n).to(like) for n in (64, 64, 80))
+    x = torch.randn(20, 81).to(like)
+    assert addressable(x[:, :64].contiguous(), whole, gate)
+    assert addressable(torch.randn(20, 80).to(like)[:, 8:72], broad[:, :64])
+    cases = (
+        (x[:, :64], whole, None, None),  # rows of 162 bytes
+        (torch.randn(20, 80).to(like)[:, 1:65], whole, None, None),  # an address that is odd
+        (x[:1, :64].expand(20, 64), whole, None, None),  # one row 20 times
+        (x[:, :64].contiguous(), whole[:70], None, None),  # rows of the result
+        (x[:, :33].contiguous(), torch.randn(72, 33).to(like), None, None),
+        (x[:, :64].contiguous(), torch.randn(64, 72).to(like).t(), None, None),
+        (x[:, :64].contiguous(), whole, broad[:, :64], None),
+        (x[:, :64].contiguous(), whole, whole, None),
+        (x[:, :64].contiguous(), whole, None, x[:, 9:]),
+    )
+    monkeypatch.setattr(tuning, "plan", lambda *arguments: PERSISTENT)
+    for rows, weight, gate_weight, add in cases:
+        assert not addressable(rows, weight, gate_weight, (None, add))
+        if device == "cpu" and not INTERPRETED:
+            continue
+        with torch.no_grad():
+            actual = linear(
+                rows,
+                weight,
+                None,
+                gate=(gate_weight, None),
+                activation="silu",
+                summands=Summands(add=add),
+            )
+            own, reference = (
+                torch.nn.functional.silu(r @ (w if g is None else g).t())
+                * (1 if g is None else r @ w.t())
+                + (0 if a is None else a)
+                for r, w, g, a in (
+                    (rows, weight, gate_weight, add),
+                    wide((rows, weight, gate_weight, add)),
+                )
+            )
+        assert_accurate(actual, own, reference)
 
 
 @pytest.mark.parametrize("device", DEVICES)

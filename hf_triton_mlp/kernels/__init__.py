@@ -4,6 +4,7 @@ import triton
 
 from hf_triton_mlp.kernels.decode import decode_linear_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
+from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
 from hf_triton_mlp.kernels.tiled import (
     activation_kernel,
@@ -20,6 +21,7 @@ __all__ = [
     "combine_splits_kernel",
     "decode_linear_kernel",
     "norm_kernel",
+    "persistent_linear_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
     "tiled_linear_kernel",
