@@ -22,14 +22,27 @@ from hf_triton_mlp.tuning import (
     KERNELS,
     PDL_CAPABILITY,
     SKINNY_ROWS,
+    TMA_CAPABILITY,
     Linear,
     Plan,
     save,
 )
 
 #: The numbers of rows that have plans of their own; the ones between take the next larger one's,
-#: and more rows are left to cuBLAS.
-ROWS = tuple(1 << i for i in range(9))
+#: and more rows the last one's.
+ROWS = tuple(1 << i for i in range(14))
+
+#: With more rows cuBLAS beat every plan of "tiled" that was tried on an H100.
+TILED_ROWS = 256
+
+#: What a Hopper multiprocessor does in a microsecond, for the order of candidates only: 16-bit
+#: operations (760 TFLOP/s by 132), bytes from the L2 (9 TB/s by 132; torch.compile's 693 TFLOP/s
+#: with tiles of 128 x 256 were 8), and results of an epilogue with tanh GELU (14 instructions and
+#: 2 of the special function unit for each).
+OPERATIONS, L2_BYTES, RESULTS = 5.76e6, 68e3, 11e3
+
+#: Bytes from the memory in a microsecond, and what a second launch and its ramp take.
+BYTES, LAUNCH = 3.0e6, 2.5
 
 
 def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> list[Plan]:
@@ -46,8 +59,11 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
         plans += _decode(linear, pdl, gates)
     if linear.M > DECODE_ROWS:
         plans += [Plan(kernel="library", pdl=pdl)]
-    if linear.M >= 8:
+    if 8 <= linear.M <= TILED_ROWS:
         plans += _tiled(linear, pdl, gates)
+    whole = linear.N % 8 == linear.K % 8 == 0  # rows of 16 bytes, which TMA can address
+    if linear.M >= 32 and whole and capability[0] == TMA_CAPABILITY[0]:
+        plans += _persistent(linear, pdl, gates, processors)
     return list(dict.fromkeys(plans))
 
 
@@ -150,6 +166,74 @@ def _tiled(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
                 splits=splits,
                 pdl=pdl,
             )
+
+
+#: Tiles of the persistent kernel: rows, columns (of W and its gate together), depth, warps, stages,
+#: programs a multiprocessor. wgmma takes 64 rows a warp group. Two programs hide each other's
+#: epilogues; one has tiles twice as wide, so that it asks the L2 for three quarters of the bytes.
+PERSISTENT = (
+    (64, 128, 128, 4, 4, 1),
+    (64, 256, 64, 8, 4, 1),
+    (64, 64, 128, 4, 6, 1),
+    (64, 128, 64, 4, 4, 2),
+    (128, 128, 64, 8, 6, 1),
+    (128, 64, 128, 8, 4, 1),
+    (128, 256, 64, 8, 4, 1),
+    (128, 128, 64, 4, 3, 2),
+    (256, 128, 64, 8, 4, 1),
+)
+
+
+def _persistent(linear: Linear, pdl: bool, gates: int, processors: int) -> list[Plan]:
+    """The dozen that promise most: tiles no higher than M, each with its two best splits of K."""
+    found: list[tuple[float, Plan]] = []
+    for m, columns, k, warps, stages, together in PERSISTENT:
+        if m > max(64, linear.M) or (m == 64 and linear.M > 64):
+            continue
+        if m * columns < min(16384, 32 * linear.M):  # narrow tiles are for few rows
+            continue
+        tiles = -(-linear.M // m) * -(-linear.N // (columns // gates))
+        ways: list[tuple[float, Plan]] = []
+        for splits in (1, 2, 4, 8):
+            if splits > 1 and (2 * k * splits > linear.K or tiles * splits > 2 * processors):
+                continue
+            plan = Plan(
+                kernel="persistent",
+                block_m=m,
+                block_n=columns // gates,
+                block_k=k,
+                num_warps=warps,
+                num_stages=stages,
+                # About as many columns as rows of the matrices in a wave.
+                group_m=2048 // m,
+                splits=splits,
+                programs=processors * together,
+                # What the pipeline holds at most, while the launch before takes its time.
+                lines=8 if pdl and linear.M <= 128 and linear.K >= 512 else 0,
+                pdl=pdl,
+            )
+            ways.append((expected_us(linear, plan, processors), plan))
+        found += sorted(ways, key=lambda way: way[0])[:2]
+    return [plan for _, plan in sorted(found, key=lambda way: way[0])[:12]]
+
+
+def expected_us(linear: Linear, plan: Plan, processors: int) -> float:
+    """What a persistent plan takes if arithmetic, the L2 and the memory are all busy."""
+    gates = 2 if linear.gated else 1
+    columns, depth = plan.block_n * gates, linear.K / plan.splits
+    together = plan.programs // processors
+    steps = max(
+        2 * plan.block_m * columns * depth / OPERATIONS,
+        2 * (plan.block_m + columns) * depth / L2_BYTES,
+    )
+    epilogue = plan.block_m * columns / RESULTS if together == 1 else 0.0
+    tiles = -(-linear.M // plan.block_m) * -(-linear.N // plan.block_n) * plan.splits
+    waves = -(-tiles // plan.programs) * together
+    us = max(waves * (steps + epilogue), 2 * linear.N * linear.K * gates / BYTES)
+    if plan.splits > 1:
+        # Parts are written and read in float32.
+        us += LAUNCH + 8 * plan.splits * linear.M * linear.N * gates / (L2_BYTES * processors)
+    return us
 
 
 class Measured(NamedTuple):

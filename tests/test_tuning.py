@@ -262,6 +262,33 @@ def test_the_plan_in_use_is_tried_too(table: Path, monkeypatch: pytest.MonkeyPat
     assert set(tried[1:]) < set(autotune.tried_plans(linear, tuning.KERNELS))
 
 
+def test_persistent_candidates_fit_hopper() -> None:
+    seen = 0
+    for case in CASES.values():
+        for M in autotune.ROWS:
+            for linear in linears(case, M, HALF):
+                gates = 2 if linear.gated else 1
+                plans = [p for p in candidates(linear, HOPPER, 132) if p.kernel == "persistent"]
+                assert (4 if M >= 32 else 0) <= len(plans) <= (12 if M >= 32 else 0)
+                assert not [p for p in candidates(linear, AMPERE, 108) if p.kernel == "persistent"]
+                for plan in plans:
+                    # What two programs have of 228 KiB each; 32 float32 results of each thread
+                    # change their layout, or wait as 16-bit values, beside the pipeline.
+                    columns, together = plan.block_n * gates, plan.programs // 132
+                    stage = (plan.block_m + columns) * plan.block_k * 2
+                    used = stage * plan.num_stages + 4096 * plan.num_warps + 1536
+                    assert used <= 228 * 1024 // together, plan
+                    # wgmma takes 64 rows; the accumulator may take half a thread's registers.
+                    assert plan.block_m >= 64
+                    assert plan.block_m * columns <= 128 * 32 * plan.num_warps
+                    assert plan.splits * plan.block_k <= linear.K
+                seen += len(plans)
+    assert seen
+    (odd, _), (other, _) = linears(Case("odd", 33, 96), 64, HALF), linears(CASES["gpt2"], 64, HALF)
+    for linear, whole in ((odd, False), (other, True)):
+        assert whole == any(p.kernel == "persistent" for p in candidates(linear, HOPPER, 132))
+
+
 def test_cases_of_a_model() -> None:
     with torch.device("meta"):
         model = tiny.build("gpt2")
