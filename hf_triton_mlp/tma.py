@@ -22,12 +22,14 @@ def addressable(
 ) -> bool:
     """Whether TMA can read rows x (M, K) and weights (N, K), and write (M, N), all of 2 bytes.
 
-    Summands (M, N), which TMA does not read, have to be aligned in the same way.
+    Summands (M, N), which TMA does not read, have to be aligned in the same way. A weight and its
+    gate, which are read as one matrix of three dimensions, have to be whole rows apart: each
+    dimension's distance is a multiple of the one before (CUDA driver API, cuTensorMapEncodeTiled).
     """
     read = [x, weight] if gate is None else [x, weight, gate]
     if gate is not None:
-        distance = abs(gate.data_ptr() - weight.data_ptr())
-        if gate.stride() != weight.stride() or not 0 < distance < FARTHEST:
+        distance, row = abs(gate.data_ptr() - weight.data_ptr()), weight.stride(0) * weight.itemsize
+        if gate.stride() != weight.stride() or distance % row or not 0 < distance < FARTHEST:
             return False
     return (
         all(aligned(m) and m.shape[1] <= m.stride(0) < FARTHEST // m.itemsize for m in read)

@@ -87,12 +87,16 @@ def mlp_weights(
     def vector(size: int, present: bool = True, around: float = 0.0) -> torch.Tensor | None:
         return (around + 0.3 * torch.randn(size)).to(device, dtype) if present else None
 
+    up = projection(intermediate, hidden, dtype, device, conv1d)
+    gate = projection(intermediate, hidden, dtype, device, conv1d) if gated else None
+    if gate is not None and not conv1d:  # one matrix, as in TritonMLP.inter_w
+        up, gate = torch.cat((up, gate)).chunk(2)
     return MLPWeights(
-        projection(intermediate, hidden, dtype, device, conv1d),
+        up,
         projection(hidden, intermediate, dtype, device, conv1d),
         vector(intermediate, bias),
         vector(hidden, bias),
-        projection(intermediate, hidden, dtype, device, conv1d) if gated else None,
+        gate,
         vector(intermediate, gated and bias),
         vector(hidden, affine, around=1.0),
         vector(hidden, affine),
@@ -269,7 +273,8 @@ def test_what_tma_cannot_address(device: str, monkeypatch: pytest.MonkeyPatch) -
     """Other kernels compute it, whatever the plan says."""
     needs_tma(device)
     like = torch.empty(0, dtype=torch.float16, device=device)
-    whole, gate, broad = (torch.randn(72, n).to(like) for n in (64, 64, 80))
+    (whole, gate), broad = torch.randn(2, 72, 64).to(like), torch.randn(72, 80).to(like)
+    apart = torch.randn(2 * 73 * 64 + 8).to(like).as_strided((2, 73, 64), (73 * 64 + 8, 64, 1))
     x = torch.randn(20, 81).to(like)
     assert addressable(x[:, :64].contiguous(), whole, gate)
     assert addressable(torch.randn(20, 80).to(like)[:, 8:72], broad[:, :64])
@@ -282,6 +287,7 @@ def test_what_tma_cannot_address(device: str, monkeypatch: pytest.MonkeyPatch) -
         (x[:, :64].contiguous(), torch.randn(64, 72).to(like).t(), None, None),
         (x[:, :64].contiguous(), whole, broad[:, :64], None),
         (x[:, :64].contiguous(), whole, whole, None),
+        (x[:, :64].contiguous(), apart[0, :72], apart[1, :72], None),  # not by whole rows
         (x[:, :64].contiguous(), whole, None, x[:, 9:]),
     )
     monkeypatch.setattr(tuning, "plan", lambda *arguments: PERSISTENT)
