@@ -13,8 +13,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from hf_triton_mlp import launchers
+from hf_triton_mlp import autotune, launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
 from hf_triton_mlp.measure import CASES, Case
@@ -42,6 +43,9 @@ def source(call: Launch) -> ASTSource:
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            dtype = TYPES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{dtype}{value.block_shape}>"
         elif i >= len(arguments) - len(call.constants) or value is None or value == 1:
             signature[name] = "constexpr"
             constants[i,] = value
@@ -116,10 +120,25 @@ def launches(
 def test_default_plans_compile(
     name: str, tokens: int, capability: tuple[int, int], tmp_path: Path
 ) -> None:
-    case, dtype = CASES[name], torch.float16
-    plans = (
-        choose(Linear(tokens, case.intermediate, case.hidden, dtype, True, case.gated), capability),
-        choose(Linear(tokens, case.hidden, case.intermediate, dtype), capability),
-    )
-    for call in launches(case, tokens, dtype, plans):
+    case = CASES[name]
+    up, down = autotune.linears(case, tokens, torch.float16)
+    plans = choose(up, capability), choose(down, capability)
+    for call in launches(case, tokens, torch.float16, plans):
         check_compiles(call, capability, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tokens"),
+    [("skinny", 2), ("decode", 4), ("tiled", 16), ("persistent", 64), ("persistent", 2048)],
+)
+@pytest.mark.parametrize("name", ["opt-1.3b", "llama-3.1-8b"])
+def test_candidates_compile(name: str, kernel: str, tokens: int, tmp_path: Path) -> None:
+    """The first of each kernel, for Hopper, where all of them run."""
+
+    def first(linear: Linear) -> Plan:
+        found = autotune.candidates(linear, (9, 0), 132)
+        return next(plan for plan in found if plan.kernel == kernel)
+
+    up, down = autotune.linears(CASES[name], tokens, torch.float16)
+    for call in launches(CASES[name], tokens, torch.float16, (first(up), first(down))):
+        check_compiles(call, (9, 0), tmp_path)
