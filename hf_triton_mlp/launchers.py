@@ -26,6 +26,7 @@ from hf_triton_mlp.kernels import (
     persistent_linear_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
+    stream_linear_kernel,
     tiled_linear_kernel,
 )
 from hf_triton_mlp.tma import addressable, describe, describe_weights
@@ -321,15 +322,15 @@ def linear_launch(
     )
     options = plan.num_warps, plan.num_stages, plan.pdl
     k_contiguous = weight.stride(1) == 1
+    kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
+    tensors = (
+        x, add, add2, carry, out,
+        weight, bias, gate_weight, gate_bias, norm_weight, norm_bias, add_bias,
+    )  # fmt: skip
     if plan.kernel == "skinny":
         one_block = plan.block_k >= K
         shared = plan.programs if one_block and plan.programs < blocks else 0
         together = plan.block_m if one_block and plan.block_m >= M else 1
-        kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
-        tensors = (
-            x, add, add2, carry, out,
-            weight, bias, gate_weight, gate_bias, norm_weight, norm_bias, add_bias,
-        )  # fmt: skip
         constants = (
             kind,
             carry_normed,
@@ -349,6 +350,28 @@ def linear_launch(
         )
         grid = (-(-M // together) * (shared or blocks), 1, 1)
         return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
+    if plan.kernel == "stream":
+        programs = min(plan.programs or blocks, blocks)
+        constants = (
+            kind,
+            carry_normed,
+            activation,
+            k_contiguous,
+            plan.block_m,
+            plan.block_n,
+            plan.block_k,
+            plan.num_warps,
+            plan.num_stages,
+            plan.lines,
+            -(-K // plan.block_k),
+            K // plan.block_k,
+            -(-blocks // programs),
+            triton.next_power_of_2(-(-K // programs)),
+            plan.pdl,
+            waited,
+        )
+        grid = (programs, 1, 1)
+        return Launch(stream_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
     if plan.kernel == "persistent":
         tile = plan.block_m, plan.block_n, plan.block_k
         # 32 results of each thread at a time, so that their epilogue fits its registers.

@@ -52,7 +52,7 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-KERNELS = ("skinny", "decode", "tiled", "persistent", "library")
+KERNELS = ("skinny", "stream", "decode", "tiled", "persistent", "library")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,14 @@ class Plan:
     """How one linear layer runs: the kernel and its launch parameters.
 
     kernel: "skinny" (up to four rows: together if block_m says so and K is one block, else each on
-    its own), "decode" (16-bit, up to 16 rows), "tiled", "persistent" (16-bit, more rows, Hopper,
-    where TMA can address the matrices), or "library" (more rows, by cuBLAS, which takes no
-    parameters).
+    its own), "stream" and "decode" (16-bit, up to 16 rows), "tiled", "persistent" (16-bit, more
+    rows, Hopper, where TMA can address the matrices), or "library" (more rows, by cuBLAS, which
+    takes no parameters).
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
-    `slices` such depths side by side; "tiled" gives each tile to `splits` programs; "skinny"
-    shares the tiles of a row among `programs` if K is one block, 0 for one each; "persistent"
-    shares `splits` parts of each tile among `programs`.
+    `slices` such depths side by side; "stream" keeps `num_stages` tiles of weights on their way,
+    and its warps share a tile's depth; "tiled" gives each tile to `splits` programs; "skinny", if
+    K is one block, and "stream" share the columns among `programs`, 0 for one block each;
+    "persistent" shares `splits` parts of each tile among `programs`.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
     for `lines` lines of each weight row.
     """
@@ -87,7 +88,7 @@ class Plan:
     @property
     def fuses_norm(self) -> bool:
         """Whether the kernel computes the norm in front of the linear layer too."""
-        return self.kernel == "skinny"
+        return self.kernel in ("skinny", "stream")
 
     def __str__(self) -> str:
         if self.kernel == "library":
@@ -118,6 +119,7 @@ class Plan:
                 raise ValueError(f"{name} must be from {least} to {most}, found {value!r}")
         fewest, most = {
             "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, SKINNY_ROWS)),
+            "stream": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "persistent": (DECODE_ROWS + 1, 0 if dtype == torch.float32 else M),
             # A decode step is launched by address, without the host work of PyTorch's operations.
@@ -125,6 +127,12 @@ class Plan:
         }.get(self.kernel, (1, M))
         if self.kernel not in KERNELS or not fewest <= M <= most:
             raise ValueError(f"{self.kernel!r} is no kernel for {M} rows of {dtype}")
+        if self.kernel == "stream":
+            # What a warp multiplies at once: 8 rows, 8 columns, 32 deep.
+            least_of = {"block_m": 8, "block_n": 8, "block_k": 32 * self.num_warps}
+            for name, least in least_of.items():
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} must be at least {least} for {self}")
 
 
 class Linear(NamedTuple):

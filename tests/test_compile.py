@@ -56,7 +56,7 @@ def source(call: Launch) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> None:
+def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> Any:
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "launch_pdl": call.pdl}
     options |= launchers.OPTIONS
@@ -67,6 +67,7 @@ def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> N
     used = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
     assert found is not None and int(found[2]) == 0, f"registers spill to the stack: {used}"
+    return compiled
 
 
 def launches(
@@ -142,3 +143,38 @@ def test_candidates_compile(name: str, kernel: str, tokens: int, tmp_path: Path)
     up, down = autotune.linears(CASES[name], tokens, torch.float16)
     for call in launches(CASES[name], tokens, torch.float16, (first(up), first(down))):
         check_compiles(call, (9, 0), tmp_path)
+
+
+def streams(rows: int, up: dict[str, int], down: dict[str, int]) -> tuple[Plan, Plan]:
+    return (
+        Plan(kernel="stream", block_m=rows, pdl=True, **up),
+        Plan(kernel="stream", block_m=rows, pdl=True, **down),
+    )
+
+
+#: Of the candidates, some for whole rows and for parts of them, one block or several.
+STREAMS = {
+    ("gpt2", 2): streams(
+        8,
+        {"block_n": 16, "block_k": 256, "num_warps": 8, "num_stages": 3},
+        {"block_n": 8, "block_k": 512, "num_warps": 8, "num_stages": 6},
+    ),
+    ("gpt2-xl", 16): streams(
+        16,
+        {"block_n": 16, "block_k": 256, "num_warps": 8, "num_stages": 8, "programs": 100},
+        {"block_n": 16, "block_k": 256, "num_warps": 8, "num_stages": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize(("name", "tokens"), STREAMS)
+def test_streams_stay_in_registers(name: str, tokens: int, early: bool, tmp_path: Path) -> None:
+    """Weights and rows are loaded as the matrix units want them: Triton converts nothing there."""
+    found = launches(CASES[name], tokens, torch.float16, STREAMS[name, tokens], early=early)
+    assert len(found) == 2
+    for call in found:
+        compiled = check_compiles(call, (9, 0), tmp_path)
+        assert "local_alloc" not in compiled.asm["ttgir"]
+        # The sums of the warps meet there, and the statistics.
+        assert compiled.metadata.shared <= 16 * 1024

@@ -13,7 +13,14 @@ import torch
 from hf_triton_mlp import tuning
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.launchers import Summands, linear
+from hf_triton_mlp.launchers import (
+    NO_SUMMANDS,
+    Norm,
+    Summands,
+    launch,
+    linear,
+    linear_launch,
+)
 from hf_triton_mlp.ops import (
     GELUGemmOp,
     MLPGemmOp,
@@ -343,6 +350,62 @@ def test_every_way_to_multiply_very_few_rows(
         weights = mlp_weights(24, 45, dtype, device, gated=gated, bias=bias)
         op = MLPGemmOp(activation="silu", pre_norm=pre_norm)
         check_mlp_gemm(op, weights, tokens, residual=bias, bias=bias)
+
+
+#: Warps and depth share K; the programs share the columns.
+STREAMS = {
+    "a block for each program": Plan(kernel="stream", block_n=8, block_k=32, num_warps=1),
+    "rows wait for nothing": Plan(
+        kernel="stream", block_n=8, block_k=128, num_warps=2, num_stages=8, programs=2
+    ),
+    "one program": Plan(
+        kernel="stream", block_n=16, block_k=64, num_warps=2, num_stages=3, programs=1, lines=1
+    ),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_every_way_to_multiply_few_rows(
+    device: str, dtype: torch.dtype, name: str, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = STREAMS[name]
+    if device == "cuda":
+        chosen = replace(chosen, pdl=torch.cuda.get_device_capability() >= PDL_CAPABILITY)
+    for tokens, hidden, norm, pre_norm, bias, conv1d in (
+        (1, 40, "layer_norm", True, True, False),
+        (3, 64, "rms_norm", False, True, False),
+        (8, 45, "layer_norm", False, False, True),
+        (9, 64, "rms_norm", True, False, False),
+        (16, 45, "layer_norm", True, True, False),
+    ):
+        plan = replace(chosen, block_m=8 if tokens <= 8 else 16)
+        plan.check(tokens, dtype)
+        monkeypatch.setattr(tuning, "plan", lambda *arguments, plan=plan: plan)
+        weights = mlp_weights(
+            hidden, 72, dtype, device, conv1d=conv1d, gated=gated, bias=bias, affine=bias
+        )
+        op = MLPGemmOp(activation="silu", norm=norm, pre_norm=pre_norm)
+        check_mlp_gemm(op, weights, tokens, residual=bias, bias=bias)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_rows_beyond_the_last_are_not_stored(device: str, tokens: int) -> None:
+    plan = Plan(kernel="stream", block_m=16, block_n=8, block_k=32, num_warps=1)
+    weight = projection(20, 40, torch.float16, device, False)
+    x = torch.randn(tokens, 40).to(weight)
+    out, carry = torch.empty(17, 20).to(weight), torch.empty(17, 40).to(weight)
+    norm = Norm("layer_norm", None, None, 1e-5, carry[:tokens], False)
+    launch(
+        linear_launch(
+            plan, x, weight, None, (None, None), None, norm, NO_SUMMANDS, out[:tokens], False
+        )
+    )
+    assert torch.equal(carry[:tokens], x) and not out[:tokens].isnan().any()
+    assert out[tokens:].isnan().all() and carry[tokens:].isnan().all()
 
 
 @pytest.mark.gpu

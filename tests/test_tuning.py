@@ -83,6 +83,14 @@ def test_decode_needs_few_launches() -> None:
         ({"kernel": "skinny"}, 5, "'skinny' is no kernel for 5 rows"),
         ({"kernel": "skinny", "block_m": 2}, 3, "'skinny' is no kernel for 3 rows"),
         ({"kernel": "decode", "block_m": 4}, 8, "'decode' is no kernel for 8 rows"),
+        ({"kernel": "stream", "block_m": 8}, 9, "'stream' is no kernel for 9 rows"),
+        ({"kernel": "stream", "block_m": 4}, 1, "block_m must be at least 8 for stream 4x4x512"),
+        ({"kernel": "stream", "block_m": 8}, 1, "block_n must be at least 8 for stream 8x4x512"),
+        (
+            {"kernel": "stream", "block_m": 8, "block_n": 8, "num_warps": 32},
+            1,
+            "block_k must be at least 1024 for stream",
+        ),
         ({"kernel": "persistent"}, 16, "'persistent' is no kernel for 16 rows"),
         ({"kernel": "library"}, 16, "'library' is no kernel for 16 rows"),
         ({"block_n": 3}, 1, "block_n must be a power of two, found 3"),
@@ -98,9 +106,13 @@ def test_a_plan_that_cannot_run(change: dict[str, Any], rows: int, text: str) ->
         replace(A_PLAN, **change).check(rows, HALF)
 
 
-def test_what_is_not_for_float32() -> None:
+@pytest.mark.parametrize("kernel", ["stream", "decode"])
+def test_decode_is_not_for_float32(kernel: str) -> None:
     with pytest.raises(ValueError, match="no kernel for 2 rows"):
-        Plan(kernel="decode", block_m=2).check(2, torch.float32)
+        Plan(kernel=kernel, block_m=16, block_n=16, block_k=256).check(2, torch.float32)
+
+
+def test_tma_is_not_for_float32() -> None:
     with pytest.raises(ValueError, match="no kernel for 64 rows"):
         Plan(kernel="persistent", block_m=64, block_n=64, block_k=64).check(64, torch.float32)
 

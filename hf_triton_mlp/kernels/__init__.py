@@ -6,6 +6,7 @@ from hf_triton_mlp.kernels.decode import decode_linear_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
+from hf_triton_mlp.kernels.stream import stream_linear_kernel
 from hf_triton_mlp.kernels.tiled import (
     activation_kernel,
     combine_splits_kernel,
@@ -24,5 +25,6 @@ __all__ = [
     "persistent_linear_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
+    "stream_linear_kernel",
     "tiled_linear_kernel",
 ]
