@@ -55,6 +55,9 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
     plans: list[Plan] = []
     if linear.M <= SKINNY_ROWS:
         plans += _skinny(linear, pdl, gates, processors)
+    # One row is bound by latency, to which alone "stream" may add something, only if it is small.
+    if linear.M <= DECODE_ROWS and (linear.M > 1 or linear.N * linear.K * gates <= 2**24):
+        plans += _stream(linear, pdl, gates, processors)
     if 1 < linear.M <= DECODE_ROWS:
         plans += _decode(linear, pdl, gates)
     if linear.M > DECODE_ROWS:
@@ -95,6 +98,55 @@ def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[
                     lines=lines,
                     pdl=pdl,
                 )
+
+
+def _stream(linear: Linear, pdl: bool, gates: int, processors: int) -> list[Plan]:
+    """The dozen that a model of an H100 gives the least time."""
+    M, N, K, wide = linear.M, linear.N, linear.K, linear.N > linear.K
+    rows = 8 if M <= 8 else 16
+    times: dict[Plan, float] = {}
+    for n, warps, chunks, resident in itertools.product((8, 16, 32), (4, 8, 16), (1, 2), (1, 2, 3)):
+        threads, k = 32 * warps, 32 * warps * chunks
+        blocks, tiles = -(-N // n), -(-K // k)
+        # Behind a norm, programs share the blocks, so that fewer compute it: as many to each.
+        rounds = -(-blocks // (resident * processors)) if wide else 1
+        programs = -(-blocks // rounds)
+        if programs <= (resident - 1) * processors or rounds * tiles > 64:
+            continue
+        # Registers of a thread, by what ptxas made of some: addresses and the like, of which it
+        # can do with fewer where it must; accumulators; rows that wait for their statistics in
+        # float32. Then tiles of weights, and of rows.
+        kept = 72 if wide and resident > 1 else 40
+        kept += n * gates // 2 + (rows * tiles * k // threads if wide else 0)
+        stage = (n * gates + (0 if wide else rows)) * k // (2 * threads)
+        registers = min(255, 65536 // (resident * threads))
+        stages = min(8, rounds * tiles, (registers - kept) // stage)
+        if stages < min(2, rounds * tiles):
+            continue
+        # Every program reads all rows from the L2, and with a norm the residual too. 4.2 MB on
+        # their way keep the memory busy.
+        running = min(programs, resident * processors)
+        weights, inputs = 2 * N * K * gates, 2 * M * K * programs * (2 if wide else 1)
+        busy = min(1.0, running / processors)
+        flight = min(2 * n * k * gates * stages * running, weights)
+        time = max(weights / 3.0e12, (weights + inputs) / (5.5e12 * busy))
+        time *= max(1.0, 4.2e6 / flight) * -(-programs // running) * running / programs
+        plan = Plan(
+            kernel="stream",
+            block_m=rows,
+            block_n=n,
+            block_k=k,
+            num_warps=warps,
+            num_stages=stages,
+            programs=programs if rounds > 1 else 0,
+            pdl=pdl,
+        )
+        times.setdefault(plan, time)
+    plans = sorted(times, key=lambda plan: times[plan])[:12]
+    if pdl and wide and N * K * gates <= 2**24:
+        lines = triton.next_power_of_2(K) // 64
+        plans += [replace(plan, lines=lines) for plan in plans[:8]]
+    return plans
 
 
 def _decode(linear: Linear, pdl: bool, gates: int) -> Iterator[Plan]:
@@ -296,7 +348,7 @@ def compile_kernels(
         for i, linear in enumerate(linears(case, M, dtype)):
             for plan in tried_plans(linear, kernels):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
-                shape = linear if plan.kernel == "skinny" else min(linear.M, 17)
+                shape = linear if plan.fuses_norm else min(linear.M, 17)
                 key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
                 jobs.setdefault(key, (case, M, i, plan))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -308,7 +360,7 @@ def compile_kernels(
 def _compile(case: Case, M: int, which: int, plan: Plan, dtype: torch.dtype) -> None:
     # A few tiles of weights are enough, where the kernel does not depend on their number.
     columns = ("intermediate", "hidden")[which]
-    few = case if plan.kernel == "skinny" else replace(case, **{columns: 256})
+    few = case if plan.fuses_norm else replace(case, **{columns: 256})
     weights = random_layers(few, dtype)[:1]
     other = Plan(kernel="library", pdl=plan.pdl)
     half = layer_half(few, weights, (plan, other) if which == 0 else (other, plan))
