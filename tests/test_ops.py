@@ -391,7 +391,7 @@ def test_every_way_to_multiply_few_rows(
         check_mlp_gemm(op, weights, tokens, residual=bias, bias=bias)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES[:1] if INTERPRETED else DEVICES[1:])
 @pytest.mark.parametrize("tokens", [1, 3, 16])
 def test_rows_beyond_the_last_are_not_stored(device: str, tokens: int) -> None:
     plan = Plan(kernel="stream", block_m=16, block_n=8, block_k=32, num_warps=1)
