@@ -31,6 +31,11 @@ from hf_triton_mlp.ops import (
 
 Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
 
+#: The modules that compute the norms of an MLPConfig; a model's family may have its own class.
+NORM_CLASSES: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
+EPSILONS = ("eps", "variance_epsilon")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig:
@@ -96,7 +101,7 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
     """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
-    weight, bias = module.weight, module.bias
+    weight, bias = module.weight, getattr(module, "bias", None)
     plain = (nn.Parameter, Tensor, type(None))
     if type(weight) not in plain or type(bias) not in plain:
         return None
@@ -111,6 +116,14 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     if read is None or read[0] is None:
         return None
     return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
+
+
+def read_epsilon(norm: nn.Module) -> float | None:
+    """What a norm adds to the variance: torch's classes name it eps, most RMSNorms otherwise."""
+    for name in EPSILONS:
+        if name in norm.__dict__:
+            return norm.__dict__[name]
+    return None
 
 
 def stored_by_output(projection: nn.Module) -> Tensor | None:
@@ -139,7 +152,12 @@ class BoundParts:
         self.norm_eps = norm_eps
         modules = [part for part in parts if part is not None]
         self.modules = [(module, type(module), module.__dict__) for module in modules]
-        self.norms = [module for module in modules if hasattr(module, "eps")]
+        self.epsilons = [
+            (module.__dict__, name)
+            for module in modules
+            for name in EPSILONS
+            if name in module.__dict__
+        ]
         self.parameters = [
             (module._parameters, name, p, p.data_ptr(), p.dtype, p.shape, p.stride())
             for module in (mlp, *modules)
@@ -180,7 +198,7 @@ class BoundParts:
         for parameters, name in self.absent:
             if parameters[name] is not None:
                 return False
-        return all([norm.eps == self.norm_eps for norm in self.norms])
+        return all([state.get(name) == self.norm_eps for state, name in self.epsilons])
 
 
 class TritonMLP(nn.Module):
@@ -258,14 +276,20 @@ class TritonMLP(nn.Module):
         return mlp
 
     @classmethod
-    def inline(cls, config: MLPConfig, activation: nn.Module | None = None) -> "TritonMLP":
+    def inline(
+        cls,
+        config: MLPConfig,
+        activation: nn.Module | None = None,
+        norm_class: type[nn.Module] | None = None,
+    ) -> "TritonMLP":
         """A TritonMLP without parameters, for a layer that passes its projections to each call.
 
         activation: the layer's, which the layer may check with `has_activation`.
+        norm_class: as for `adopt`.
         """
         mlp = cls.__new__(cls)
         nn.Module.__init__(mlp)
-        mlp._configure(config)
+        mlp._configure(config, norm_class)
         if activation is not None:
             mlp._adopted = {"activation": type(activation)}
         return mlp
@@ -275,17 +299,28 @@ class TritonMLP(nn.Module):
         return is_plain(activation, self._adopted["activation"])
 
     @classmethod
-    def adopt(cls, module: nn.Module, config: MLPConfig, *, up: str, down: str) -> None:
+    def adopt(
+        cls,
+        module: nn.Module,
+        config: MLPConfig,
+        *,
+        up: str,
+        down: str,
+        gate: str | None = None,
+        norm_class: type[nn.Module] | None = None,
+    ) -> None:
         """Turn an `original_class` module into this subclass: same object, children and hooks.
 
         Conv1D weights (in, out) keep their values and shape, but lie in memory as nn.Linear's do:
         each output's weights together, which is how the kernels read fastest.
+        norm_class: what computes config.norm; a norm of another class is called, never read.
         """
-        rows = {name: stored_by_output(getattr(module, name)) for name in (up, down)}
+        names = [name for name in (up, gate, down) if name is not None]
+        rows = {name: stored_by_output(getattr(module, name)) for name in names}
         change_class(module, cls)
         assert isinstance(module, TritonMLP)
-        module._configure(config)
-        module.projection_names = (up, None, down)
+        module._configure(config, norm_class)
+        module.projection_names = (up, gate, down)
         module._adopted = {name: type(child) for name, child in module._modules.items()}
         for name, weight in rows.items():
             if weight is not None:
@@ -301,7 +336,8 @@ class TritonMLP(nn.Module):
                 with torch.inference_mode(False):
                     weight.data = weight.data.contiguous()
         for name in (
-            "config",
+            "mlp_config",
+            "norm_class",
             "projection_names",
             "_gelu_gemm",
             "_mlp_gemm",
@@ -312,8 +348,9 @@ class TritonMLP(nn.Module):
             delattr(self, name)
         change_class(self, self.original_class)
 
-    def _configure(self, config: MLPConfig) -> None:
-        self.config = config
+    def _configure(self, config: MLPConfig, norm_class: type[nn.Module] | None = None) -> None:
+        self.mlp_config = config  # `config` is the model's, in most families' MLPs
+        self.norm_class = norm_class or NORM_CLASSES[config.norm or "layer_norm"]
         self._bound: BoundParts | None = None
         self._adopted: dict[str, type] = {}
         self._stored_by_output: list[str] = []
@@ -345,7 +382,7 @@ class TritonMLP(nn.Module):
             nn.init.zeros_(self.attn_nb)
 
     def extra_repr(self) -> str:
-        c = self.config
+        c = self.mlp_config
         return (
             f"hidden={c.hidden_size}, intermediate={c.intermediate_size}, "
             f"activation={c.activation}, norm={c.norm}, pre_norm={c.pre_norm}"
@@ -383,11 +420,10 @@ class TritonMLP(nn.Module):
             if output is not None:
                 return output
         check_floating(input)
-        if input.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"input has hidden size {input.shape[-1]}, this MLP has {self.config.hidden_size}"
-            )
-        normed = norm is not None or (self.owns_weights and self.config.norm is not None)
+        hidden = self.mlp_config.hidden_size
+        if input.shape[-1] != hidden:
+            raise ValueError(f"input has hidden size {input.shape[-1]}, this MLP has {hidden}")
+        normed = norm is not None or (self.owns_weights and self.mlp_config.norm is not None)
         if normed and residual_norm is not None:
             raise ValueError("residual_norm is for an MLP without a norm of its own")
         if not normed and residual_norm is None and bias is not None:
@@ -501,7 +537,7 @@ class TritonMLP(nn.Module):
         early: bool,
     ) -> None:
         """Bind decode launches for this number of rows to these weights, which are known to fit."""
-        config, parts = self.config, self._parts(norm, projections)
+        config, parts = self.mlp_config, self._parts(norm, projections)
         if self._bound is None or not self._bound.unchanged(parts):
             self._bound = BoundParts(self, parts, config.norm_eps, DecodeMLP(weights.up))
         before = None
@@ -554,7 +590,10 @@ class TritonMLP(nn.Module):
             return None
         norm_weight = norm_bias = None
         if norm is not None:
-            if not is_plain(norm, nn.LayerNorm) or norm.eps != self.config.norm_eps:
+            if (
+                not is_plain(norm, self.norm_class)
+                or read_epsilon(norm) != self.mlp_config.norm_eps
+            ):
                 return None
             norm_read = read_parameters(norm)
             if norm_read is None:
@@ -573,7 +612,7 @@ class TritonMLP(nn.Module):
     def _own_weights(self) -> MLPWeights:
         up, up_bias, gate, gate_bias = self.inter_w, self.inter_b, None, None
         assert up is not None and self.output_w is not None
-        if self.config.gated:
+        if self.mlp_config.gated:
             up, gate = up.chunk(2)
             if up_bias is not None:
                 up_bias, gate_bias = up_bias.chunk(2)
@@ -604,7 +643,7 @@ class TritonMLP(nn.Module):
         projections: Projections | None,
     ) -> Tensor:
         """The original computation: norm and projections are called."""
-        config = self.config
+        config = self.mlp_config
         if self.original_class is not None and norm is None and residual_norm is None:
             arguments = (input,) if residual is None else (input, residual)
             return self.original_class.forward(self, *arguments)

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import LlamaConfig
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import MLPConfig, TritonMLP
@@ -52,14 +55,14 @@ def expected(
         acts[name] = lambda x: (
             0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
         )
-    act = acts[mlp.config.activation]
+    act = acts[mlp.mlp_config.activation]
 
     def feed_forward(x: torch.Tensor) -> torch.Tensor:
         h = x @ p["inter_w"].t() + p.get("inter_b", 0)
-        if mlp.config.gated:
+        if mlp.mlp_config.gated:
             up, gate = (
-                h[..., : mlp.config.intermediate_size],
-                h[..., mlp.config.intermediate_size :],
+                h[..., : mlp.mlp_config.intermediate_size],
+                h[..., mlp.mlp_config.intermediate_size :],
             )
             h = act(gate) * up
         else:
@@ -69,16 +72,16 @@ def expected(
     def add(*terms: torch.Tensor | None) -> torch.Tensor:
         return sum(t for t in terms if t is not None)  # type: ignore[return-value]
 
-    if mlp.config.norm is not None:
+    if mlp.mlp_config.norm is not None:
         s = add(a, b_a, r)
-        if mlp.config.norm == "layer_norm":
+        if mlp.mlp_config.norm == "layer_norm":
             u = (s - s.mean(-1, keepdim=True)) / (
-                s.var(-1, keepdim=True, correction=0) + mlp.config.norm_eps
+                s.var(-1, keepdim=True, correction=0) + mlp.mlp_config.norm_eps
             ).sqrt()
         else:
-            u = s / (s.square().mean(-1, keepdim=True) + mlp.config.norm_eps).sqrt()
+            u = s / (s.square().mean(-1, keepdim=True) + mlp.mlp_config.norm_eps).sqrt()
         u = u * p.get("attn_nw", 1) + p.get("attn_nb", 0)
-        return feed_forward(u) + (s if mlp.config.pre_norm else u)
+        return feed_forward(u) + (s if mlp.mlp_config.pre_norm else u)
     if residual_norm is not None:
         return feed_forward(residual_norm) + add(a, b_a, r)
     return add(feed_forward(a), r)
@@ -188,6 +191,65 @@ def test_a_part_that_is_not_plain_is_called(device: str) -> None:
         torch.testing.assert_close(mlp(a, norm=norm), plain(), **CLOSE)
 
 
+class TritonLlamaMLP(TritonMLP, LlamaMLP):
+    original_class = LlamaMLP
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gated_mlp_with_an_rms_norm(device: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": H, "intermediate_size": I, "num_attention_heads": 4}
+    mlp = LlamaMLP(LlamaConfig(**sizes, mlp_bias=True)).to(device).eval()
+    norm = LlamaRMSNorm(H, eps=1e-3).to(device)
+    nn.init.normal_(norm.weight)
+    a, r = torch.randn(2, 3, 5, H, device=device)
+    config = MLPConfig(
+        hidden_size=H,
+        intermediate_size=I,
+        activation="silu",
+        gated=True,
+        norm="rms_norm",
+        norm_eps=1e-3,
+    )
+    with torch.no_grad():
+        expected = mlp(norm(a + r)) + a + r
+        names = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
+        TritonLlamaMLP.adopt(mlp, config, **names, norm_class=LlamaRMSNorm)
+        assert isinstance(mlp, TritonMLP)
+        weights = mlp._weights(norm, None)
+        assert weights is not None
+        assert weights.gate is mlp.gate_proj.weight and weights.gate_bias is mlp.gate_proj.bias
+        assert weights.norm_weight is norm.weight and weights.norm_bias is None
+        torch.testing.assert_close(mlp(a, r, norm=norm), expected, **CLOSE)
+        torch.testing.assert_close(mlp._mlp_gemm(a, weights, r), expected, **CLOSE)
+        norm.variance_epsilon = 0.5
+        assert mlp._weights(norm, None) is None
+        torch.testing.assert_close(mlp(a, r, norm=norm), mlp(norm(a + r)) + a + r, **CLOSE)
+    mlp.release()
+    assert type(mlp) is LlamaMLP and set(vars(mlp)) == set(vars(LlamaMLP(LlamaConfig(**sizes))))
+
+
+@pytest.mark.parametrize("other", [GemmaRMSNorm, nn.RMSNorm, nn.LayerNorm])
+def test_a_norm_of_another_class_is_called(other: type[nn.Module]) -> None:
+    """Gemma's has a weight and an eps too, and multiplies by 1 + weight."""
+    mlp = LlamaMLP(LlamaConfig(hidden_size=H, intermediate_size=I, num_attention_heads=4)).eval()
+    norm = other(H, eps=1e-6)
+    config = MLPConfig(
+        hidden_size=H,
+        intermediate_size=I,
+        activation="silu",
+        gated=True,
+        norm="rms_norm",
+        norm_eps=1e-6,
+    )
+    names = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
+    TritonLlamaMLP.adopt(mlp, config, **names, norm_class=LlamaRMSNorm)
+    assert mlp._weights(norm, None) is None
+    a = torch.randn(3, H)
+    with torch.no_grad():
+        torch.testing.assert_close(mlp(a, norm=norm), mlp(norm(a)) + a, **CLOSE)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients(device: str) -> None:
     torch.manual_seed(0)
@@ -276,6 +338,15 @@ def test_bound_launches_notice_changes(name: str) -> None:
     assert bound.unchanged(parts())
     CHANGES[name](layers)
     assert not bound.unchanged(parts())
+
+
+def test_bound_launches_notice_another_epsilon_of_an_rms_norm() -> None:
+    layers, norm = InModel(H, I, "cpu", torch.float32), LlamaRMSNorm(H, eps=1e-5)
+    parts = layers.mlp._parts(norm, None)
+    bound = BoundParts(layers.mlp, parts, 1e-5, DecodeMLP(layers.up.weight))
+    assert bound.unchanged(parts)
+    norm.variance_epsilon = 1e-6
+    assert not bound.unchanged(parts)
 
 
 def test_another_norm_than_the_one_bound() -> None:
