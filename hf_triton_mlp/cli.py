@@ -244,9 +244,9 @@ def info() -> None:
         table = Table("family", "layer", "up, down", "depths", title="supported architectures")
         for spec in specs():
             owner = "" if spec.mlp is None else f"{spec.mlp}."
-            depths = "layer" if spec.mlp is None else "layer, mlp"
             projections = f"{owner}{spec.up}, {owner}{spec.down}"
-            table.add_row(spec.family, spec.layer_class.__name__, projections, depths)
+            layer = spec.layer_class.rpartition(".")[2]
+            table.add_row(spec.family, layer, projections, ", ".join(spec.depths))
         console.print(table)
         console.print("activations:", ", ".join(ACTIVATIONS))
 

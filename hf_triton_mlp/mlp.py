@@ -5,6 +5,7 @@ import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -201,7 +202,43 @@ class BoundParts:
         return all([state.get(name) == self.norm_eps for state, name in self.epsilons])
 
 
-class TritonMLP(nn.Module):
+class StandIn(nn.Module):
+    """What a subclass that `stand_in` makes adds to a model's class: a forward that uses it."""
+
+    #: The class that it stands in for; its forward runs where the kernels do not.
+    original_class: type[nn.Module] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles make the class again: no module holds it under a name."""
+        reduced = super().__reduce_ex__(protocol)
+        if "original_class" not in vars(type(self)) or self.original_class is None:
+            return reduced
+        return (_new_stand_in, (type(self).__bases__[0], self.original_class), *reduced[2:])
+
+
+class FusedLayer(StandIn):
+    """A decoder layer with a short forward: its second half is one TritonMLP call."""
+
+    mlp: Any
+
+
+@cache
+def stand_in(kind: type[StandIn], original: type[nn.Module]) -> type[Any]:
+    """The subclass of `original` with the forward of `kind`, one for each pair.
+
+    A layer's has the name of the original, by which device maps and FSDP's policies find layers.
+    """
+    name = original.__name__ if issubclass(kind, FusedLayer) else f"Triton{original.__name__}"
+    doc = f"{original.__name__} as a {kind.__name__}."
+    body = {"original_class": original, "__module__": kind.__module__, "__doc__": doc}
+    return type(name, (kind, original), body)
+
+
+def _new_stand_in(kind: type[StandIn], original: type[nn.Module]) -> nn.Module:
+    return object.__new__(stand_in(kind, original))
+
+
+class TritonMLP(StandIn):
     """An MLP with the norm in front and the residuals around it.
 
     Built from a config it owns its parameters: attn_nw, attn_nb (norm, H), inter_w (I, H) and
@@ -213,9 +250,6 @@ class TritonMLP(nn.Module):
     gradients are needed, in a model that is being trained, or when a part is not a plain layer
     any more, it calls its parts as the original did.
     """
-
-    #: The MLP class that a subclass stands in for; its forward runs where the kernels do not.
-    original_class: type[nn.Module] | None = None
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 import fnmatch
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,14 +24,18 @@ from transformers.activations import (
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
 from hf_triton_mlp.mlp import (
+    FusedLayer,
     MLPConfig,
+    Projections,
     TritonMLP,
     change_class,
     check_projections,
     has_own_forward,
     is_plain,
+    read_epsilon,
     read_parameters,
     read_projection,
+    stand_in,
 )
 from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.tuning import check_capability
@@ -54,39 +59,64 @@ ACTIVATION_CLASSES: dict[type[nn.Module], str] = {
 class MLPSpec:
     """Where a family's MLP is and what it computes; every path is relative to a decoder layer.
 
+    Classes are full names ("transformers.models.gpt2.modeling_gpt2.GPT2Block"), so that a family
+    whose module nobody imported costs nothing.
+
     family: the name in reports (transformers' model_type).
-    layer_class, fused_layer: the decoder layer and its subclass with the short forward.
-    mlp, mlp_class: the MLP module and the TritonMLP subclass that it becomes; None when the layer
-        computes its MLP inline, and then up and down are children of the layer, not of the MLP.
+    layer_class: the decoder layer.
+    fused_layer: its short forward; None when only the MLP module is replaced.
+    mlp, mlp_class: the MLP module; None when the layer computes its MLP inline, and then up and
+        down are children of the layer, not of the MLP.
+    gate: the projection that the activation takes in a gated MLP.
     activation: the activation module, a path from the layer.
     activations: the family's own activation classes, by the name that they compute.
     norm: the norm in front of the MLP, given the layer (post-norm layers take another one).
+    norm_kind, norm_class: what that norm computes, as in MLPConfig, and the class which does.
     pre_norm: whether the residual is what enters that norm, given the layer.
     refuse: the reason why this layer cannot be patched, or None.
     """
 
     family: str
-    layer_class: type[nn.Module]
-    fused_layer: type[nn.Module]
+    layer_class: str
+    fused_layer: type[FusedLayer] | None = None
     mlp: str | None
-    mlp_class: type[TritonMLP] | None = None
+    mlp_class: str | None = None
     up: str
     down: str
+    gate: str | None = None
     activation: str
-    activations: tuple[tuple[type[nn.Module], str], ...] = ()
-    norm: Callable[[Any], str]
+    activations: tuple[tuple[str, str], ...] = ()
+    norm: Callable[[Any], str] | None = None
+    norm_kind: str = "layer_norm"
+    norm_class: str = "torch.nn.modules.normalization.LayerNorm"
     pre_norm: Callable[[Any], bool] = lambda layer: True
     refuse: Callable[[Any], str | None] = lambda layer: None
 
-    def projections(self, layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """The up and down projection of a layer, patched or not."""
+    def projections(self, layer: nn.Module) -> Projections:
+        """The up, gate and down projection of a layer, patched or not."""
         owner = layer if self.mlp is None else layer.get_submodule(self.mlp)
-        return owner.get_submodule(self.up), owner.get_submodule(self.down)
+        gate = None if self.gate is None else owner.get_submodule(self.gate)
+        return owner.get_submodule(self.up), gate, owner.get_submodule(self.down)
+
+    @property
+    def depths(self) -> tuple[str, ...]:
+        """How much of a layer can be replaced, the most first."""
+        layer = () if self.fused_layer is None else ("layer",)
+        return layer if self.mlp is None else (*layer, "mlp")
+
+
+def full_name(cls: type) -> str:
+    """A class as MLPSpec names it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 @lru_cache(maxsize=1)
 def specs() -> tuple[MLPSpec, ...]:
-    """The specs of all supported families, one for each module of hf_triton_mlp.patches."""
+    """The specs of all supported families, from the modules of hf_triton_mlp.patches."""
     try:
         package = importlib.import_module("hf_triton_mlp.patches")
     except ModuleNotFoundError as error:
@@ -96,7 +126,7 @@ def specs() -> tuple[MLPSpec, ...]:
         ) from error
     names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
     modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
-    return tuple(module.SPEC for module in modules)
+    return tuple(spec for module in modules for spec in module.SPECS)
 
 
 @dataclass(frozen=True)
@@ -132,7 +162,7 @@ class _Swap:
     spec: MLPSpec
     layer: nn.Module
     config: MLPConfig
-    fused: bool
+    depth: str
 
 
 def patch_model(
@@ -145,10 +175,12 @@ def patch_model(
     """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
 
     include, exclude: layers by position or by qualified name ("transformer.h.0"; fnmatch patterns).
-    depth: "layer" fuses attention residual, norm, MLP and residual into one call; "mlp" replaces
-    the MLP module alone. Weights are moved, not copied; state_dict keys stay as they are. Every
-    layer is checked before any is replaced, so that an error leaves the model as it was. Layers
-    that are already patched stay as they are.
+    depth: "layer" fuses attention residual, norm, MLP and residual into one call, where the family
+    has such a layer (`patch_report` says it); "mlp" replaces the MLP module alone.
+
+    Weights are moved, not copied; state_dict keys stay as they are. Every layer is checked before
+    any is replaced, so that an error leaves the model as it was. Layers that are already patched
+    stay as they are.
 
     Raises ValueError when no layer is supported, or a layer cannot be patched faithfully, and
     RuntimeError for a GPU older than compute capability 8.0.
@@ -216,17 +248,20 @@ def mlp_configs(model: nn.Module) -> list[MLPConfig]:
 
 def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MLPSpec]]:
     """Every layer of a supported class in `model`, patched or not, with its qualified name."""
+    by_class = {spec.layer_class: spec for spec in specs()}
     for name, module in model.named_modules():
-        for spec in specs():
-            if isinstance(module, spec.layer_class):
+        for cls in type(module).__mro__:
+            spec = by_class.get(full_name(cls))
+            if spec is not None:
                 yield name, module, spec
+                break
 
 
 def _supported_layers(model: nn.Module) -> list[tuple[str, nn.Module, MLPSpec]]:
     """_decoder_layers; ValueError when there is none."""
     found = list(_decoder_layers(model))
     if not found:
-        supported = ", ".join(f"{spec.family} ({spec.layer_class.__name__})" for spec in specs())
+        supported = ", ".join(f"{spec.family} ({_short(spec.layer_class)})" for spec in specs())
         raise ValueError(
             f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports; "
             f"supported: {supported}"
@@ -269,11 +304,15 @@ def _triton_mlp(layer: nn.Module, spec: MLPSpec) -> TritonMLP | None:
     return mlp if isinstance(mlp, TritonMLP) else None
 
 
+def _depth(spec: MLPSpec, wanted: str) -> str:
+    return "mlp" if spec.fused_layer is None else wanted
+
+
 def _is_patched(name: str, layer: nn.Module, spec: MLPSpec, depth: str) -> bool:
     if _triton_mlp(layer, spec) is None:
         return False
-    present = "layer" if isinstance(layer, spec.fused_layer) else "mlp"
-    if present != depth:
+    present = "layer" if isinstance(layer, FusedLayer) else "mlp"
+    if present != _depth(spec, depth):
         raise ValueError(
             f"{name} is already patched with depth={present!r}; call unpatch_model first to use "
             f"depth={depth!r}"
@@ -286,33 +325,34 @@ def _is_patched(name: str, layer: nn.Module, spec: MLPSpec, depth: str) -> bool:
 
 def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swap:
     """Everything that could go wrong with a layer goes wrong here, before any is changed."""
+    depth = _depth(spec, depth)
     if depth == "mlp" and spec.mlp is None:
         raise ValueError(
-            f"{name}: {spec.layer_class.__name__} computes its MLP inline, so there is no module "
+            f"{name}: {_short(spec.layer_class)} computes its MLP inline, so there is no module "
             f'to replace; use depth="layer"'
         )
-    if type(layer) is not spec.layer_class:
+    if full_name(type(layer)) != spec.layer_class:
         raise ValueError(
-            f"{name} is a {type(layer).__name__}, a subclass of {spec.layer_class.__name__} whose "
+            f"{name} is a {type(layer).__name__}, a subclass of {_short(spec.layer_class)} whose "
             "forward may differ; supported is the class itself"
         )
     reason = spec.refuse(layer)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
     _check_forward(name, layer)
-    if spec.mlp_class is not None:
-        mlp = layer.get_submodule(spec.mlp or "")
-        expected = spec.mlp_class.original_class
-        assert expected is not None
-        if type(mlp) is not expected:
+    if spec.mlp is not None:
+        mlp = layer.get_submodule(spec.mlp)
+        if full_name(type(mlp)) != spec.mlp_class:
             raise ValueError(
-                f"{name}.{spec.mlp} is a {type(mlp).__name__}; supported: {expected.__name__}"
+                f"{name}.{spec.mlp} is a {type(mlp).__name__}; "
+                f"supported: {_short(spec.mlp_class or '')}"
             )
         _check_forward(f"{name}.{spec.mlp}", mlp)
 
-    up, down = spec.projections(layer)
-    norm = layer.get_submodule(spec.norm(layer))
+    up, gate, down = spec.projections(layer)
+    norm = _norm(spec, layer) if depth == "layer" else None
     hidden, intermediate = _sizes(name, up, down, norm)
+    epsilon = None if norm is None else read_epsilon(norm)
     weight = getattr(up, "weight", None)
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
     if isinstance(weight, torch.Tensor) and weight.is_cuda:
@@ -322,17 +362,29 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         intermediate_size=intermediate,
         dtype=dtype if dtype in DTYPES else torch.float32,
         activation=_activation_name(spec, name, layer),
-        norm="layer_norm" if depth == "layer" else None,
-        norm_eps=getattr(norm, "eps", 1e-5),
+        gated=gate is not None,
+        norm=None if norm is None else spec.norm_kind,
+        norm_eps=1e-5 if epsilon is None else epsilon,
         pre_norm=spec.pre_norm(layer),
         up_bias=getattr(up, "bias", None) is not None,
         down_bias=getattr(down, "bias", None) is not None,
     )
     try:
-        check_projections(config, (up, None, down))
+        check_projections(config, (up, gate, down))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return _Swap(spec, layer, config, fused=depth == "layer")
+    return _Swap(spec, layer, config, depth)
+
+
+def _norm(spec: MLPSpec, layer: nn.Module) -> nn.Module:
+    assert spec.norm is not None, "a fused layer has a norm in front of its MLP"
+    return layer.get_submodule(spec.norm(layer))
+
+
+def _norm_class(spec: MLPSpec) -> type[nn.Module] | None:
+    """spec.norm_class, which is loaded where its family is; None if it is not."""
+    module, _, name = spec.norm_class.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
@@ -344,7 +396,7 @@ def _check_forward(name: str, module: nn.Module) -> None:
         )
 
 
-def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module) -> tuple[int, int]:
+def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module | None) -> tuple[int, int]:
     """(hidden, intermediate) from the plain projections, or from what wrappers tell."""
     up_read, down_read = read_projection(up), read_projection(down)
     if up_read is not None:
@@ -359,7 +411,8 @@ def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module) -> tuple[
             f"{name}: the sizes of the up projection ({type(up).__name__}) are unknown; "
             "supported: Linear, Conv1D and wrappers with in_features and out_features"
         )
-    normalized = getattr(norm, "normalized_shape", (hidden,))
+    shape = getattr(getattr(norm, "weight", None), "shape", (hidden,))
+    normalized = getattr(norm, "normalized_shape", shape)
     if tuple(normalized) != (hidden,):
         raise ValueError(
             f"{name}: mismatched shapes: the norm has {tuple(normalized)}, "
@@ -372,7 +425,8 @@ def _activation_name(spec: MLPSpec, name: str, layer: nn.Module) -> str:
     activation = _get(layer, spec.activation)
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
-    known = ACTIVATION_CLASSES.get(type(activation)) or dict(spec.activations).get(type(activation))
+    cls = type(activation)
+    known = ACTIVATION_CLASSES.get(cls) or dict(spec.activations).get(full_name(cls))
     if known is None:
         raise ValueError(
             f"{name}: unknown activation {type(activation).__name__}; "
@@ -393,53 +447,59 @@ def _get(layer: nn.Module, path: str) -> Any:
 
 def _install(swap: _Swap) -> None:
     layer, config, spec = swap.layer, swap.config, swap.spec
-    if spec.mlp_class is None:
-        mlp = TritonMLP.inline(config, _get(layer, spec.activation))
+    norm_class = _norm_class(spec) if swap.depth == "layer" else None
+    if spec.mlp is None:
+        mlp = TritonMLP.inline(config, _get(layer, spec.activation), norm_class)
         layer.add_module("mlp", mlp.train(layer.training))
     else:
-        mlp = layer.get_submodule(spec.mlp or "")
-        spec.mlp_class.adopt(mlp, config, up=spec.up, down=spec.down)
-    if swap.fused:
-        change_class(layer, spec.fused_layer)
+        mlp = layer.get_submodule(spec.mlp)
+        cls = stand_in(TritonMLP, type(mlp))
+        names = {"up": spec.up, "gate": spec.gate, "down": spec.down}
+        cls.adopt(mlp, config, **names, norm_class=norm_class)
+    if swap.depth == "layer":
+        assert spec.fused_layer is not None
+        change_class(layer, stand_in(spec.fused_layer, type(layer)))
 
 
 def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
     mlp = _triton_mlp(layer, spec)
     if mlp is None:
         return
-    if spec.mlp_class is None:
+    if spec.mlp is None:
         delattr(layer, "mlp")
     else:
         mlp.release()
-    if isinstance(layer, spec.fused_layer):
-        change_class(layer, spec.layer_class)
+    if isinstance(layer, FusedLayer):
+        assert layer.original_class is not None
+        change_class(layer, layer.original_class)
 
 
 # --- report -----------------------------------------------------------------------------------
 
 
 def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
-    up, down = spec.projections(layer)
+    up, gate, down = spec.projections(layer)
     weight = next(up.parameters(), None)
     dtype = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
     device = "-" if weight is None else str(weight.device)
     mlp = _triton_mlp(layer, spec)
     if mlp is None:
         return PatchRow(name, "-", dtype, device, "-", "not patched")
-    fused = isinstance(layer, spec.fused_layer)
+    fused = isinstance(layer, FusedLayer)
     replaced = "attention residual + norm + MLP + residual" if fused else "MLP"
     read = read_projection(up)
     called = [
         f"{path} ({type(module).__name__})"
-        for path, module in ((spec.up, up), (spec.down, down))
-        if read_projection(module) is None
+        for path, module in ((spec.up, up), (spec.gate, gate), (spec.down, down))
+        if module is not None and read_projection(module) is None
     ]
-    norm, activation = layer.get_submodule(spec.norm(layer)), _get(layer, spec.activation)
-    if fused and (not is_plain(norm, nn.LayerNorm) or read_parameters(norm) is None):
-        called.append(f"{spec.norm(layer)} ({type(norm).__name__})")
+    if fused:
+        norm = _norm(spec, layer)
+        if not is_plain(norm, mlp.norm_class) or read_parameters(norm) is None:
+            called.append(f"{spec.norm and spec.norm(layer)} ({type(norm).__name__})")
     called += [
         f"{path} (hooks)"
-        for path, module in ((spec.activation, activation), ("mlp", mlp))
+        for path, module in ((spec.activation, _get(layer, spec.activation)), ("mlp", mlp))
         if not is_plain(module, type(module))
     ]
     if called or read is None:
@@ -449,5 +509,6 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if not weight.is_cuda:
         plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
         return PatchRow(name, replaced, dtype, device, plan, reason)
-    up_plan, down_plan = (plan_linear(1, w) for w in (weight, (read_projection(down) or read)[0]))
+    up_plan = plan_linear(1, weight, gated=gate is not None)
+    down_plan = plan_linear(1, (read_projection(down) or read)[0])
     return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", "")

@@ -1,1 +1,1 @@
-"""One file per architecture family; each defines SPEC, an hf_triton_mlp.patching.MLPSpec."""
+"""One file per shape of decoder layer; each defines SPECS, of hf_triton_mlp.patching.MLPSpec."""

@@ -3,22 +3,18 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.bloom.modeling_bloom import BloomBlock, BloomGelu, BloomMLP
 
-from hf_triton_mlp.mlp import TritonMLP
+from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
 
 
-class TritonBloomMLP(TritonMLP, BloomMLP):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """BloomMLP that is a TritonMLP."""
-
-    original_class = BloomMLP
-
-
-class TritonBloomBlock(BloomBlock):
+class FusedBloomBlock(FusedLayer):
     """BloomBlock whose second norm, MLP and residual are one TritonMLP call."""
 
-    mlp: TritonBloomMLP
+    input_layernorm: Any
+    self_attention: Any
+    post_attention_layernorm: Any
+    apply_residual_connection_post_layernorm: bool
 
     def forward(
         self,
@@ -64,20 +60,20 @@ def _refuse(layer: nn.Module) -> str | None:
     return None
 
 
-# Device maps and FSDP's wrapping policies find decoder layers by this name.
-TritonBloomBlock.__name__ = BloomBlock.__name__
-
-SPEC = MLPSpec(
-    family="bloom",
-    layer_class=BloomBlock,
-    fused_layer=TritonBloomBlock,
-    mlp="mlp",
-    mlp_class=TritonBloomMLP,
-    up="dense_h_to_4h",
-    down="dense_4h_to_h",
-    activation="mlp.gelu_impl",
-    activations=((BloomGelu, "gelu_new"),),
-    norm=lambda layer: "post_attention_layernorm",
-    pre_norm=lambda layer: not layer.apply_residual_connection_post_layernorm,
-    refuse=_refuse,
+MODULE = "transformers.models.bloom.modeling_bloom"
+SPECS = (
+    MLPSpec(
+        family="bloom",
+        layer_class=f"{MODULE}.BloomBlock",
+        fused_layer=FusedBloomBlock,
+        mlp="mlp",
+        mlp_class=f"{MODULE}.BloomMLP",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="mlp.gelu_impl",
+        activations=((f"{MODULE}.BloomGelu", "gelu_new"),),
+        norm=lambda layer: "post_attention_layernorm",
+        pre_norm=lambda layer: not layer.apply_residual_connection_post_layernorm,
+        refuse=_refuse,
+    ),
 )

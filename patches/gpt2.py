@@ -4,25 +4,25 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
-from hf_triton_mlp.mlp import TritonMLP
+from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
 
-#: The name of the argument with the cache; transformers 5.24 changed it.
-CACHE = list(inspect.signature(GPT2Block.forward).parameters)[2]
 
-
-class TritonGPT2MLP(TritonMLP, GPT2MLP):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """GPT2MLP that is a TritonMLP."""
-
-    original_class = GPT2MLP
-
-
-class TritonGPT2Block(GPT2Block):
+class FusedGPT2Block(FusedLayer):
     """GPT2Block whose attention residual, norm, MLP and residual are one TritonMLP call."""
 
-    mlp: TritonGPT2MLP
+    ln_1: Any
+    attn: Any
+    ln_2: Any
+
+    #: The name of the argument with the cache; transformers 5.24 changed it.
+    cache_name: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert cls.original_class is not None
+        cls.cache_name = list(inspect.signature(cls.original_class.forward).parameters)[2]
 
     def forward(
         self,
@@ -34,7 +34,7 @@ class TritonGPT2Block(GPT2Block):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        kwargs.setdefault(CACHE, cache)
+        kwargs.setdefault(self.cache_name, cache)
         rest = None
         if encoder_hidden_states is None:
             rest = self.mlp.fuse(hidden_states, self.ln_2)
@@ -56,17 +56,17 @@ class TritonGPT2Block(GPT2Block):
         return rest(attention, hidden_states)
 
 
-# Device maps and FSDP's wrapping policies find decoder layers by this name.
-TritonGPT2Block.__name__ = GPT2Block.__name__
-
-SPEC = MLPSpec(
-    family="gpt2",
-    layer_class=GPT2Block,
-    fused_layer=TritonGPT2Block,
-    mlp="mlp",
-    mlp_class=TritonGPT2MLP,
-    up="c_fc",
-    down="c_proj",
-    activation="mlp.act",
-    norm=lambda layer: "ln_2",
+MODULE = "transformers.models.gpt2.modeling_gpt2"
+SPECS = (
+    MLPSpec(
+        family="gpt2",
+        layer_class=f"{MODULE}.GPT2Block",
+        fused_layer=FusedGPT2Block,
+        mlp="mlp",
+        mlp_class=f"{MODULE}.GPT2MLP",
+        up="c_fc",
+        down="c_proj",
+        activation="mlp.act",
+        norm=lambda layer: "ln_2",
+    ),
 )

@@ -3,16 +3,21 @@
 from typing import Any
 
 from torch import Tensor
-from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from hf_triton_mlp.mlp import TritonMLP
+from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
 
 
-class TritonOPTDecoderLayer(OPTDecoderLayer):
+class FusedOPTDecoderLayer(FusedLayer):
     """OPTDecoderLayer whose attention residual, norm, MLP and residual are one TritonMLP call."""
 
-    mlp: TritonMLP
+    self_attn_layer_norm: Any
+    self_attn: Any
+    final_layer_norm: Any
+    fc1: Any
+    fc2: Any
+    activation_fn: Any
+    do_layer_norm_before: bool
 
     def forward(
         self,
@@ -38,17 +43,18 @@ class TritonOPTDecoderLayer(OPTDecoderLayer):
         return output if before else self.final_layer_norm(output)
 
 
-# Device maps and FSDP's wrapping policies find decoder layers by this name.
-TritonOPTDecoderLayer.__name__ = OPTDecoderLayer.__name__
-
-SPEC = MLPSpec(
-    family="opt",
-    layer_class=OPTDecoderLayer,
-    fused_layer=TritonOPTDecoderLayer,
-    mlp=None,
-    up="fc1",
-    down="fc2",
-    activation="activation_fn",
-    norm=lambda layer: "final_layer_norm" if layer.do_layer_norm_before else "self_attn_layer_norm",
-    pre_norm=lambda layer: layer.do_layer_norm_before,
+SPECS = (
+    MLPSpec(
+        family="opt",
+        layer_class="transformers.models.opt.modeling_opt.OPTDecoderLayer",
+        fused_layer=FusedOPTDecoderLayer,
+        mlp=None,
+        up="fc1",
+        down="fc2",
+        activation="activation_fn",
+        norm=lambda layer: (
+            "final_layer_norm" if layer.do_layer_norm_before else "self_attn_layer_norm"
+        ),
+        pre_norm=lambda layer: layer.do_layer_norm_before,
+    ),
 )

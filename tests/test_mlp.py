@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_triton_mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import DecodeMLP
-from hf_triton_mlp.mlp import BoundParts
+from hf_triton_mlp.mlp import BoundParts, stand_in
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, I = 24, 56  # noqa: E741
@@ -191,10 +191,6 @@ def test_a_part_that_is_not_plain_is_called(device: str) -> None:
         torch.testing.assert_close(mlp(a, norm=norm), plain(), **CLOSE)
 
 
-class TritonLlamaMLP(TritonMLP, LlamaMLP):
-    original_class = LlamaMLP
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_gated_mlp_with_an_rms_norm(device: str) -> None:
     torch.manual_seed(0)
@@ -214,7 +210,7 @@ def test_a_gated_mlp_with_an_rms_norm(device: str) -> None:
     with torch.no_grad():
         expected = mlp(norm(a + r)) + a + r
         names = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
-        TritonLlamaMLP.adopt(mlp, config, **names, norm_class=LlamaRMSNorm)
+        stand_in(TritonMLP, LlamaMLP).adopt(mlp, config, **names, norm_class=LlamaRMSNorm)
         assert isinstance(mlp, TritonMLP)
         weights = mlp._weights(norm, None)
         assert weights is not None
@@ -243,11 +239,18 @@ def test_a_norm_of_another_class_is_called(other: type[nn.Module]) -> None:
         norm_eps=1e-6,
     )
     names = {"up": "up_proj", "down": "down_proj", "gate": "gate_proj"}
-    TritonLlamaMLP.adopt(mlp, config, **names, norm_class=LlamaRMSNorm)
+    stand_in(TritonMLP, LlamaMLP).adopt(mlp, config, **names, norm_class=LlamaRMSNorm)
     assert mlp._weights(norm, None) is None
     a = torch.randn(3, H)
     with torch.no_grad():
         torch.testing.assert_close(mlp(a, norm=norm), mlp(norm(a)) + a, **CLOSE)
+
+
+def test_one_stand_in_for_each_class() -> None:
+    cls = stand_in(TritonMLP, LlamaMLP)
+    assert cls is stand_in(TritonMLP, LlamaMLP) and cls is not stand_in(TritonMLP, nn.Linear)
+    assert issubclass(cls, TritonMLP) and issubclass(cls, LlamaMLP)
+    assert cls.__name__ == "TritonLlamaMLP" and cls.original_class is LlamaMLP
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -22,6 +22,18 @@ def test_import_creates_no_cuda_context_and_needs_no_patches() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_families_that_are_not_loaded_stay_so() -> None:
+    result = run(
+        "import sys\n"
+        "from hf_triton_mlp.patching import patch_report, specs\n"
+        "from torch.nn import Linear\n"
+        "assert specs() and not patch_report(Linear(2, 2)).rows\n"
+        "models = [name for name in sys.modules if name.startswith('transformers.models.')]\n"
+        "assert not [name for name in models if '.modeling_' in name]"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_without_triton() -> None:
     result = run(
         "import importlib.util as util; find = util.find_spec\n"
