@@ -115,13 +115,10 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
 
 
 def test_unsupported_model(tmp_path: Path) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import MambaConfig, MambaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=1024, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    config = MambaConfig(vocab_size=1024, hidden_size=16, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(CHECKPOINTS / "gpt2" / file, tmp_path)
     result = run("validate", tmp_path, "--dtype", "float32")

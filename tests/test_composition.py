@@ -111,6 +111,7 @@ DROPOUT = {
     "gpt2": dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.3),
     "bloom": dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.3),
     "opt": dict.fromkeys(("dropout", "attention_dropout"), 0.3),
+    "llama": {"attention_dropout": 0.3},
 }
 
 
@@ -206,7 +207,9 @@ def places(family: str) -> list[str]:
     place = tiny.PLACES[family]
     mlp = ["mlp"] if family in tiny.MLP_FAMILIES else []
     dropout = ["mlp.dropout"] if family == "gpt2" else []
-    return [place.attention, *place.norms, *place.projections, place.activation, *mlp, *dropout]
+    gate = [] if place.gate is None else [place.gate]
+    projections = [*place.projections, *gate]
+    return [place.attention, *place.norms, *projections, place.activation, *mlp, *dropout]
 
 
 HOOKED = [(family, path) for family in tiny.FAMILIES for path in places(family)]
@@ -308,12 +311,10 @@ def test_a_backward_hook_sees_what_it_saw(family: str, path: str, order: str) ->
 def test_hooks_on_the_mlp_outlive_the_patch(family: str) -> None:
     model = tiny.build(family)
     calls: list[type[nn.Module]] = []
-    mlp = model.transformer.h[0].mlp
+    mlp = tiny.decoder_layers(family, model)[0].mlp
     early = mlp.register_forward_hook(lambda module, args, output: calls.append(type(module)))
     patch_model(model)
-    model.transformer.h[0].mlp.register_forward_pre_hook(
-        lambda module, args: calls.append(type(module))
-    )
+    mlp.register_forward_pre_hook(lambda module, args: calls.append(type(module)))
     logits(model)
     assert len(calls) == 2 and all(issubclass(cls, TritonMLP) for cls in calls)
     unpatch_model(model)
@@ -370,7 +371,8 @@ def test_an_altered_projection_acts(
         alter(tiny.decoder_layers(family, model)[1].get_submodule(path))
         return model
 
-    model = tiny.build(family).to(device)
+    biases = {"mlp_bias": True} if family == "llama" else {}
+    model = tiny.build(family, **biases).to(device)
     expected = logits(change(copy.deepcopy(model)), device)
     changed = assert_changed_alike(model, change, order, device)
     torch.testing.assert_close(logits(unpatch_model(changed), device), expected, **CLOSE)
@@ -524,8 +526,8 @@ def test_automatic_device_maps_keep_layers_whole(family: str) -> None:
 
 
 def with_lora(family: str, model: Any, which: str = "both") -> Any:
-    paths = tiny.PLACES[family].projections
-    chosen = {"both": paths, "up": paths[:1], "down": paths[1:]}[which]
+    paths, gate = tiny.PLACES[family].projections, tiny.PLACES[family].gate or ""
+    chosen = {"both": paths, "up": paths[:1], "down": paths[1:], "gate": (gate,)}[which]
     config = LoraConfig(
         r=2,
         lora_alpha=8,
@@ -542,9 +544,12 @@ def with_lora(family: str, model: Any, which: str = "both") -> Any:
     return adapted
 
 
-@pytest.mark.parametrize("which", ["both", "up", "down"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "which"),
+    [*((family, which) for family in tiny.FAMILIES for which in ("both", "up", "down")),
+     ("llama", "gate")],
+)  # fmt: skip
 def test_lora(family: str, order: str, which: str, device: str) -> None:
     model = tiny.build(family).to(device)
     original = with_lora(family, copy.deepcopy(model), which).to(device)

@@ -1,4 +1,4 @@
-"""Every variant of GPT-2, BLOOM and OPT, patched against unpatched."""
+"""Every variant of every family, patched against unpatched."""
 
 import copy
 import os
@@ -25,17 +25,18 @@ from transformers import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
+    LlamaModel,
     OPTForQuestionAnswering,
     OPTForSequenceClassification,
     OPTModel,
     PreTrainedModel,
+    Qwen2ForSequenceClassification,
 )
 
 from hf_triton_mlp import launchers, ops, patch_model, patch_report
 from hf_triton_mlp.kernels import INTERPRETED
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MLP_VARIANTS = [v for v, (family, _) in tiny.VARIANTS.items() if family in tiny.MLP_FAMILIES]
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
 
@@ -78,7 +79,7 @@ def test_logits_hidden_states_and_attentions(variant: str, dtype: torch.dtype, d
     assert_same_outputs(model, tiny.batch(device, padding="right"), dtype)
 
 
-@pytest.mark.parametrize("variant", MLP_VARIANTS)
+@pytest.mark.parametrize("variant", tiny.MLP_VARIANTS)
 def test_depth_mlp(variant: str, device: str) -> None:
     model = tiny.build_variant(variant, attn_implementation="eager").to(device)
     assert_same_outputs(model, tiny.batch(device, padding="right"), depth="mlp")
@@ -169,6 +170,8 @@ HEADS: list[tuple[str, type[PreTrainedModel]]] = [
     ("opt", OPTModel),
     ("opt", OPTForSequenceClassification),
     ("opt", OPTForQuestionAnswering),
+    ("llama", LlamaModel),
+    ("qwen2", Qwen2ForSequenceClassification),
 ]
 
 
@@ -300,7 +303,7 @@ class Launches:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["gpt2", "bloom", "opt", "opt-post-norm"])
+@pytest.mark.parametrize("variant", ["gpt2", "bloom", "opt", "opt-post-norm", "llama", "gemma"])
 def test_the_kernels_run_on_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
     model = patch_model(tiny.build_variant(variant).cuda())
@@ -312,6 +315,7 @@ def test_the_kernels_run_on_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch)
 # --- under the interpreter --------------------------------------------------------------------
 
 INTERPRETED_VARIANTS = ["gpt2", "bloom", "bloom-residual-after-norm", "opt", "opt-post-norm"]
+INTERPRETED_VARIANTS += ["llama-gelu", "llama-bias", "qwen2", "olmo2"]
 
 
 @needs_interpreter
@@ -321,9 +325,8 @@ def test_interpreted_outputs(
     variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family, _ = tiny.VARIANTS[variant]
-    sizes = {"gpt2": {"n_inner": 56}, "bloom": {}, "opt": {"ffn_dim": 56}}[family]
-    layers = {"opt": "num_hidden_layers"}.get(family, "n_layer")
-    sizes[layers] = 2
+    sizes = {"gpt2": {"n_inner": 56}, "opt": {"ffn_dim": 56}}.get(family, {})
+    sizes = {**sizes, **tiny.layer_count(family, 2)}
     model = tiny.build_variant(variant, attn_implementation="eager", **sizes)
     launches = Launches(monkeypatch)
     assert_same_outputs(model, tiny.batch(padding="right"), dtype)
@@ -333,7 +336,7 @@ def test_interpreted_outputs(
 @needs_interpreter
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_interpreted_greedy_tokens(family: str) -> None:
-    model = tiny.build(family, **{{"opt": "num_hidden_layers"}.get(family, "n_layer"): 2})
+    model = tiny.build(family, **tiny.layer_count(family, 2))
     arguments = {"max_new_tokens": 3, "do_sample": False, "no_repeat_ngram_size": 1}
     expected = model.generate(**tiny.batch(), **arguments)
     assert torch.equal(patch_model(model).generate(**tiny.batch(), **arguments), expected)
@@ -358,7 +361,7 @@ def test_interpreted_weights_of_a_tensor_subclass_are_called(family: str) -> Non
                 return func(*map(plain, args), **{k: plain(v) for k, v in (kwargs or {}).items()})
             return super().__torch_function__(func, types, args, kwargs)
 
-    model = tiny.build(family, **{{"opt": "num_hidden_layers"}.get(family, "n_layer"): 1})
+    model = tiny.build(family, **tiny.layer_count(family, 1))
     with torch.no_grad():
         base = model(**tiny.batch()).logits
         (layer,) = tiny.decoder_layers(family, model)

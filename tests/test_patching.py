@@ -9,14 +9,22 @@ import pytest
 import tiny_models as tiny
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report, patched, unpatch_model
+from hf_triton_mlp.mlp import FusedLayer
 
 LAST = tiny.LAYERS - 1
+CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
+    "gpt2": (GPT2Block, GPT2MLP),
+    "bloom": (BloomBlock, BloomMLP),
+    "opt": (OPTDecoderLayer,),
+    "llama": (LlamaDecoderLayer, LlamaMLP),
+}
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -65,7 +73,7 @@ def test_patch_and_unpatch(family: str, depth: str) -> None:
 @pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_the_depth_is_what_was_asked_for(family: str, depth: str) -> None:
     model = patch_model(tiny.build(family), depth=depth)
-    base = {"gpt2": GPT2Block, "bloom": BloomBlock, "opt": OPTDecoderLayer}[family]
+    base = CLASSES[family][0]
     for layer in tiny.decoder_layers(family, model):
         assert isinstance(layer, base) and (type(layer) is base) == (depth == "mlp")
         assert "forward" not in layer.__dict__
@@ -139,7 +147,7 @@ def test_no_memory_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("family", "depth"), tiny.DEPTHS)
 def test_only_this_instance(family: str, depth: str) -> None:
-    classes = (GPT2Block, GPT2MLP, BloomBlock, BloomMLP, OPTDecoderLayer)
+    classes = [cls for of_family in CLASSES.values() for cls in of_family]
     contents = [dict(vars(cls)) for cls in classes]
     before = tiny.build(family)
     untouched, expected = tree(before), logits(before)
@@ -307,20 +315,19 @@ def test_another_depth_needs_unpatching(first: str, second: str) -> None:
 @pytest.mark.parametrize("model_of", [
     lambda: nn.Linear(3, 3),
     lambda: nn.ModuleList(),
-    lambda: LlamaForCausalLM(
-        LlamaConfig(
+    lambda: BertModel(
+        BertConfig(
             vocab_size=9,
             hidden_size=8,
             intermediate_size=16,
             num_hidden_layers=1,
             num_attention_heads=2,
-            num_key_value_heads=2,
         )
     ),
-], ids=["Linear", "ModuleList", "LlamaForCausalLM"])  # fmt: skip
+], ids=["Linear", "ModuleList", "BertModel"])  # fmt: skip
 def test_no_supported_layer(model_of: Callable[[], nn.Module], request: Any) -> None:
     model = model_of()
-    assert_refused(model, rf"{request.node.callspec.id}.*bloom.*gpt2.*opt")
+    assert_refused(model, rf"{request.node.callspec.id}.*bloom.*gpt2.*llama.*opt")
     before = tree(model)
     assert unpatch_model(model) is model
     assert tree(model) == before
@@ -394,26 +401,27 @@ def test_a_failure_after_some_layers_are_patched_keeps_those(family: str, depth:
 @pytest.mark.parametrize("depth", ["layer", "mlp"])
 @pytest.mark.parametrize("family", tiny.MLP_FAMILIES)
 def test_a_changed_mlp_is_refused(family: str, depth: str) -> None:
-    base: Any = {"gpt2": GPT2MLP, "bloom": BloomMLP}[family]
+    base: Any = CLASSES[family][1]
 
     class ScaledMLP(base):
         def forward(self, *args: Any) -> torch.Tensor:
             return 2 * super().forward(*args)
 
     model = tiny.build(family)
-    model.transformer.h[LAST].mlp.__class__ = ScaledMLP
-    assert_refused(model, rf"h\.{LAST}\.mlp.*ScaledMLP.*{base.__name__}", depth=depth)
-    model.transformer.h[LAST].mlp = nn.Identity()
-    assert_refused(model, rf"h\.{LAST}\.mlp.*Identity.*{base.__name__}", depth=depth)
+    layer = tiny.decoder_layers(family, model)[LAST]
+    layer.mlp.__class__ = ScaledMLP
+    assert_refused(model, rf"\.{LAST}\.mlp.*ScaledMLP.*{base.__name__}", depth=depth)
+    layer.mlp = nn.Identity()
+    assert_refused(model, rf"\.{LAST}\.mlp.*Identity.*{base.__name__}", depth=depth)
 
 
 @pytest.mark.parametrize("family", tiny.MLP_FAMILIES)
 def test_a_forward_set_on_the_mlp_is_refused(family: str) -> None:
     model = tiny.build(family)
-    mlp = model.transformer.h[LAST].mlp
+    mlp = tiny.decoder_layers(family, model)[LAST].mlp
     forward = mlp.forward
     mlp.forward = lambda *args: 2 * forward(*args)
-    assert_refused(model, rf"h\.{LAST}\.mlp.*forward of its own")
+    assert_refused(model, rf"\.{LAST}\.mlp.*forward of its own")
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -423,6 +431,17 @@ def test_a_subclassed_layer_is_refused(family: str) -> None:
     base = type(layer)
     layer.__class__ = type("OwnLayer", (base,), {})
     assert_refused(model, f"OwnLayer.*{base.__name__}")
+
+
+def test_a_family_without_a_fused_layer_has_its_mlps_replaced() -> None:
+    model = tiny.build("olmo2")
+    before, expected = tree(model), logits(model)
+    for depth in ("layer", "mlp"):
+        patch_model(model, depth=depth)
+        assert {row.replaced for row in patch_report(model).rows} == {"MLP"}
+        assert not any(isinstance(module, FusedLayer) for module in model.modules())
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert tree(unpatch_model(model)) == before
 
 
 # --- patch_report -------------------------------------------------------------------------------

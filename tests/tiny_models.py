@@ -1,4 +1,4 @@
-"""Tiny GPT-2, BLOOM and OPT models of every variant, and how closely two of them must agree."""
+"""Tiny models of every family and variant, and how closely two of them must agree."""
 
 import copy
 from typing import Any, NamedTuple
@@ -8,26 +8,57 @@ from torch import Tensor, nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCABULARY = 97
 HIDDEN = 24
 LAYERS = 3
 
-FAMILIES = ("gpt2", "bloom", "opt")
-MLP_FAMILIES = ("gpt2", "bloom")  # OPT has no MLP module for depth="mlp"
+FAMILIES = ("gpt2", "bloom", "opt", "llama")
+MLP_FAMILIES = ("gpt2", "bloom", "llama")  # OPT has no MLP module for depth="mlp"
 DEPTHS = [(family, "layer") for family in FAMILIES] + [(family, "mlp") for family in MLP_FAMILIES]
 CAUSAL: dict[str, type[PreTrainedModel]] = {
     "gpt2": GPT2LMHeadModel,
     "bloom": BloomForCausalLM,
     "opt": OPTForCausalLM,
+    "llama": LlamaForCausalLM,
+    "mistral": MistralForCausalLM,
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "smollm3": SmolLM3ForCausalLM,
+    "gemma": GemmaForCausalLM,
+    "olmo2": Olmo2ForCausalLM,
 }
+
+#: The families of `VARIANTS` with Llama's layer, and those with its MLP alone.
+LLAMA_SHAPED: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "smollm3": SmolLM3Config,
+}
+LLAMA_MLPS: dict[str, type[PretrainedConfig]] = {"gemma": GemmaConfig, "olmo2": Olmo2Config}
 
 
 class Place(NamedTuple):
@@ -38,6 +69,7 @@ class Place(NamedTuple):
     norms: tuple[str, str]
     projections: tuple[str, str]
     activation: str
+    gate: str | None = None
 
 
 PLACES = {
@@ -56,9 +88,17 @@ PLACES = {
         ("fc1", "fc2"),
         "activation_fn",
     ),
+    "llama": Place(
+        "model.layers",
+        "self_attn",
+        ("input_layernorm", "post_attention_layernorm"),
+        ("mlp.up_proj", "mlp.down_proj"),
+        "mlp.act_fn",
+        "mlp.gate_proj",
+    ),
 }
 
-#: Every variant of the issue: family, and what differs from the family's tiny config.
+#: Every variant of a family, and what differs from the family's tiny config.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "gpt2-relu": ("gpt2", {"activation_function": "relu"}),
@@ -96,14 +136,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "opt-no-final-norm": ("opt", {"_remove_final_layer_norm": True}),
+    "llama": ("llama", {}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu", "intermediate_size": 51}),
+    "llama-bias": ("llama", {"mlp_bias": True, "attention_bias": True, "intermediate_size": 17}),
+    "llama-epsilon": ("llama", {"rms_norm_eps": 0.1, "num_key_value_heads": 4}),
+    "mistral": ("mistral", {"sliding_window": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"intermediate_size": 51}),
+    "smollm3": ("smollm3", {}),
+    "gemma": ("gemma", {}),
+    "olmo2": ("olmo2", {}),
 }
 
-VARIANT_DEPTHS = [
-    (name, depth)
-    for depth, families in (("layer", FAMILIES), ("mlp", MLP_FAMILIES))
-    for name, (family, _) in VARIANTS.items()
-    if family in families
-]
+MLP_VARIANTS = [name for name, (family, _) in VARIANTS.items() if family != "opt"]
+VARIANT_DEPTHS = [(name, "layer") for name in VARIANTS] + [(name, "mlp") for name in MLP_VARIANTS]
 
 
 def config(family: str, **changes: Any) -> PretrainedConfig:
@@ -117,6 +163,18 @@ def config(family: str, **changes: Any) -> PretrainedConfig:
         dropout = dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.0)
         sizes = {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}
         return BloomConfig(**{**common, **sizes, **dropout, **changes})
+    if family in LLAMA_SHAPED or family in LLAMA_MLPS:
+        sizes = {
+            "max_position_embeddings": 64,
+            "hidden_size": HIDDEN,
+            "intermediate_size": 80,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 6,
+        }
+        cls = {**LLAMA_SHAPED, **LLAMA_MLPS}[family]
+        return cls(**{**common, **sizes, **changes})
     dropout = dict.fromkeys(("dropout", "attention_dropout"), 0.0)
     sizes = {
         "max_position_embeddings": 64,
@@ -127,6 +185,11 @@ def config(family: str, **changes: Any) -> PretrainedConfig:
         "word_embed_proj_dim": HIDDEN,
     }
     return OPTConfig(**{**common, **sizes, **dropout, **changes})
+
+
+def layer_count(family: str, layers: int) -> dict[str, int]:
+    """The change to a config that makes it so many layers."""
+    return {"n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers": layers}
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -1,0 +1,124 @@
+"""Llama, and the families whose decoder layers or MLPs are Llama's under other names."""
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from hf_triton_mlp.mlp import FusedLayer
+from hf_triton_mlp.patching import MLPSpec
+
+
+class FusedLlamaDecoderLayer(FusedLayer):
+    """LlamaDecoderLayer whose attention residual, norm, MLP and residual are one TritonMLP call."""
+
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+
+    #: The original's arguments after hidden_states: which there are depends on the version.
+    argument_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert cls.original_class is not None
+        cls.argument_names = tuple(inspect.signature(cls.original_class.forward).parameters)[2:]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rest = self.mlp.fuse(hidden_states, self.post_attention_layernorm)
+        if rest is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        named = dict(zip(self.argument_names, args, strict=False))
+        attention, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            **{"attention_mask": None, **named, **kwargs},
+        )
+        return rest(attention, hidden_states)
+
+
+#: Families with Llama's layer, MLP and RMSNorm: (family, layer, MLP, norm).
+LAYERS = (
+    ("csm", "CsmDecoderLayer", "CsmMLP", "CsmRMSNorm"),
+    ("cwm", "CwmDecoderLayer", "CwmMLP", "CwmRMSNorm"),
+    ("diffllama", "DiffLlamaDecoderLayer", "DiffLlamaMLP", "DiffLlamaRMSNorm"),
+    ("ernie4_5", "Ernie4_5DecoderLayer", "Ernie4_5MLP", "Ernie4_5RMSNorm"),
+    ("eurobert", "EuroBertDecoderLayer", "EuroBertMLP", "EuroBertRMSNorm"),
+    (
+        "hunyuan_v1_dense",
+        "HunYuanDenseV1DecoderLayer",
+        "HunYuanDenseV1MLP",
+        "HunYuanDenseV1RMSNorm",
+    ),
+    ("hunyuan_vl", "HunYuanVLDenseV1DecoderLayer", "HunYuanVLMLP", "HunYuanVLRMSNorm"),
+    ("llama", "LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm"),
+    ("ministral", "MinistralDecoderLayer", "MinistralMLP", "MinistralRMSNorm"),
+    ("ministral3", "Ministral3DecoderLayer", "Ministral3MLP", "Ministral3RMSNorm"),
+    ("mistral", "MistralDecoderLayer", "MistralMLP", "MistralRMSNorm"),
+    ("paddleocr_vl", "PaddleOCRDecoderLayer", "PaddleOCRMLP", "PaddleOCRRMSNorm"),
+    ("qwen2", "Qwen2DecoderLayer", "Qwen2MLP", "Qwen2RMSNorm"),
+    ("qwen2_5_omni", "Qwen2_5OmniDecoderLayer", "Qwen2MLP", "Qwen2_5OmniRMSNorm"),
+    ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2MLP", "Qwen2_5_VLRMSNorm"),
+    ("qwen2_vl", "Qwen2VLDecoderLayer", "Qwen2MLP", "Qwen2VLRMSNorm"),
+    ("qwen3", "Qwen3DecoderLayer", "Qwen3MLP", "Qwen3RMSNorm"),
+    ("qwen3_vl", "Qwen3VLTextDecoderLayer", "Qwen3VLTextMLP", "Qwen3VLTextRMSNorm"),
+    ("smollm3", "SmolLM3DecoderLayer", "SmolLM3MLP", "SmolLM3RMSNorm"),
+    ("ultrabert", "UltrabertDecoderLayer", "UltrabertMLP", "UltrabertRMSNorm"),
+    ("youtu", "YoutuDecoderLayer", "YoutuMLP", "YoutuRMSNorm"),
+)
+
+#: Families with Llama's MLP in a layer, or behind a norm, of their own: (family, layer, MLP).
+MLPS = (
+    ("blt", "BltTransformerLayer", "BltMLP"),
+    ("chameleon", "ChameleonDecoderLayer", "ChameleonMLP"),
+    ("chameleon", "ChameleonSwinDecoderLayer", "ChameleonMLP"),
+    ("cohere", "CohereDecoderLayer", "CohereMLP"),
+    ("cohere2", "Cohere2DecoderLayer", "Cohere2MLP"),
+    ("cohere_compass", "CohereCompassDecoderLayer", "CohereCompassMLP"),
+    ("emu3", "Emu3DecoderLayer", "Emu3MLP"),
+    ("evolla", "EvollaDecoderLayer", "EvollaMLP"),
+    ("exaone4", "Exaone4DecoderLayer", "Exaone4MLP"),
+    ("exaone4_5", "Exaone4_5_DecoderLayer", "Exaone4_5_MLP"),
+    ("gemma", "GemmaDecoderLayer", "GemmaMLP"),
+    ("gemma2", "Gemma2DecoderLayer", "Gemma2MLP"),
+    ("gemma3", "Gemma3DecoderLayer", "Gemma3MLP"),
+    ("granite", "GraniteDecoderLayer", "GraniteMLP"),
+    ("granite_swa", "GraniteSWADecoderLayer", "GraniteSWAMLP"),
+    ("helium", "HeliumDecoderLayer", "HeliumMLP"),
+    ("hrm_text", "HrmTextDecoderLayer", "HrmTextMLP"),
+    ("hyperclovax", "HyperCLOVAXDecoderLayer", "HyperCLOVAXMLP"),
+    ("minicpm3", "MiniCPM3DecoderLayer", "MiniCPM3MLP"),
+    ("mllama", "MllamaCrossAttentionDecoderLayer", "MllamaTextMLP"),
+    ("mllama", "MllamaSelfAttentionDecoderLayer", "MllamaTextMLP"),
+    ("olmo", "OlmoDecoderLayer", "OlmoMLP"),
+    ("olmo2", "Olmo2DecoderLayer", "Olmo2MLP"),
+    ("olmo3", "Olmo3DecoderLayer", "Olmo3MLP"),
+    ("qwen3_5", "Qwen3_5DecoderLayer", "Qwen3_5MLP"),
+    ("stablelm", "StableLmDecoderLayer", "StableLmMLP"),
+    ("vaultgemma", "VaultGemmaDecoderLayer", "VaultGemmaMLP"),
+)
+
+
+def _spec(family: str, layer: str, mlp: str, norm: str | None = None) -> MLPSpec:
+    module = f"transformers.models.{family}.modeling_{family}"
+    fused: dict[str, Any] = {}
+    if norm is not None:
+        fused = {
+            "fused_layer": FusedLlamaDecoderLayer,
+            "norm": lambda layer: "post_attention_layernorm",
+            "norm_kind": "rms_norm",
+            "norm_class": f"{module}.{norm}",
+        }
+    return MLPSpec(
+        family=family,
+        layer_class=f"{module}.{layer}",
+        mlp="mlp",
+        mlp_class=f"{module}.{mlp}",
+        up="up_proj",
+        gate="gate_proj",
+        down="down_proj",
+        activation="mlp.act_fn",
+        **fused,
+    )
+
+
+SPECS = tuple(_spec(*names) for names in (*LAYERS, *MLPS))

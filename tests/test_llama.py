@@ -1,0 +1,91 @@
+"""What patches/llama.py says about the installed transformers, and layers called by hand."""
+
+import ast
+import importlib
+import inspect
+import textwrap
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from transformers.models.llama import modeling_llama
+
+from hf_triton_mlp import patch_model
+from hf_triton_mlp.patching import MLPSpec, specs
+
+LLAMA_SHAPED = [spec for spec in specs() if spec.gate == "gate_proj"]
+LLAMA = next(spec for spec in LLAMA_SHAPED if spec.family == "llama")
+
+
+def module_of(spec: MLPSpec) -> ModuleType:
+    name = spec.layer_class.rpartition(".")[0]
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        pytest.skip(f"this transformers has no {spec.family}")
+
+
+def named(module: ModuleType, full_name: str) -> Any:
+    owner, _, name = full_name.rpartition(".")
+    assert owner == module.__name__
+    return getattr(module, name)
+
+
+def body(cls: Any) -> str:
+    """What a class's forward does: without signature, comments and the name of its argument."""
+    forward: Any = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))).body[
+        0
+    ]
+    first = forward.args.args[1].arg
+    for node in ast.walk(forward):
+        if isinstance(node, ast.Name) and node.id == first:
+            node.id = "x"
+    statements = forward.body
+    if isinstance(statements[0], ast.Expr) and isinstance(statements[0].value, ast.Constant):
+        del statements[0]
+    return "\n".join(map(ast.unparse, statements)).replace("down_proj = ", "return ")
+
+
+MLP = body(modeling_llama.LlamaMLP).removesuffix("\nreturn down_proj")
+
+
+@pytest.mark.parametrize("spec", LLAMA_SHAPED, ids=lambda spec: spec.layer_class.split(".")[-1])
+def test_the_classes_are_llamas(spec: MLPSpec) -> None:
+    """A release that changes one of them fails here, before it computes something else."""
+    module = module_of(spec)
+    layer, mlp = named(module, spec.layer_class), named(module, spec.mlp_class or "")
+    assert body(mlp).removesuffix("\nreturn down_proj") == MLP
+    made = inspect.getsource(layer.__init__)
+    assert f"self.mlp = {mlp.__name__}(" in made
+    if spec.fused_layer is None:
+        return
+    norm = named(module, spec.norm_class)
+    assert body(layer) == body(modeling_llama.LlamaDecoderLayer)
+    assert body(norm) == body(modeling_llama.LlamaRMSNorm)
+    assert f"self.post_attention_layernorm = {norm.__name__}(" in made
+
+
+def test_arguments_by_position_and_by_name() -> None:
+    model = tiny.build("llama")
+    layer = tiny.decoder_layers("llama", model)[0]
+    x = torch.randn(1, 5, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(5)[None]
+    angles = model.model.rotary_emb(x, positions)
+    mask = torch.zeros(1, 1, 5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    calls: dict[str, Any] = {
+        "by position": lambda: layer(x, mask, positions, None, False, angles),
+        "both": lambda: layer(x, mask, position_ids=positions, position_embeddings=angles),
+        "by name": lambda: layer(
+            position_embeddings=angles, attention_mask=mask, hidden_states=x, output_attentions=True
+        ),
+        "without a mask": lambda: layer(x, position_embeddings=angles),
+    }
+    with torch.no_grad():
+        expected = {name: call() for name, call in calls.items()}
+        patch_model(model)
+        for name, call in calls.items():
+            torch.testing.assert_close(call(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
