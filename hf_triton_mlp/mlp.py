@@ -372,6 +372,8 @@ class TritonMLP(StandIn):
         for name in (
             "mlp_config",
             "norm_class",
+            "proving",
+            "verified",
             "projection_names",
             "_gelu_gemm",
             "_mlp_gemm",
@@ -385,6 +387,10 @@ class TritonMLP(StandIn):
     def _configure(self, config: MLPConfig, norm_class: type[nn.Module] | None = None) -> None:
         self.mlp_config = config  # `config` is the model's, in most families' MLPs
         self.norm_class = norm_class or NORM_CLASSES[config.norm or "layer_norm"]
+        #: Compute from the weights as read on any device, where there is no kernel in PyTorch.
+        self.proving = False
+        #: Whether a patch of this kind of layer was compared with the original when it was made.
+        self.verified = False
         self._bound: BoundParts | None = None
         self._adopted: dict[str, type] = {}
         self._stored_by_output: list[str] = []
@@ -489,6 +495,7 @@ class TritonMLP(StandIn):
         if (
             bias is None
             and not torch.compiler.is_compiling()
+            and input.is_cuda
             and not INTERPRETED
             and not torch.cuda.is_current_stream_capturing()
         ):
@@ -505,11 +512,13 @@ class TritonMLP(StandIn):
         with gradients, and where hooks or adapters expect to see the layer's parts called.
         """
         if not is_plain(self, type(self)) or not self._kernels_apply(input):
+            assert not self.proving, "only what is read can be proven"
             return None
         bound = not torch.compiler.is_compiling() and self._is_bound(input, norm, projections)
         if not bound:
             weights = self._weights(norm, projections)
             if weights is None or needs_grad(input, *weights):
+                assert not self.proving, "only what is read can be proven"
                 return None
 
         def finish(attention: Tensor, residual: Tensor | None) -> Tensor:
@@ -596,7 +605,8 @@ class TritonMLP(StandIn):
 
     def _kernels_apply(self, input: Tensor) -> bool:
         in_training = self.training and not self.owns_weights
-        return kernels_apply(input) and input.dtype in DTYPES and not in_training
+        apply = self.proving or kernels_apply(input)
+        return apply and input.dtype in DTYPES and not in_training
 
     def _projections(self, given: Projections | None) -> Projections:
         if given is not None:
@@ -677,6 +687,7 @@ class TritonMLP(StandIn):
         projections: Projections | None,
     ) -> Tensor:
         """The original computation: norm and projections are called."""
+        assert not self.proving, "only what is read can be proven"
         config = self.mlp_config
         if self.original_class is not None and norm is None and residual_norm is None:
             arguments = (input,) if residual is None else (input, residual)

@@ -2,11 +2,12 @@
 
 import fnmatch
 import importlib
+import math
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from transformers.activations import (
     SiLUActivation,
 )
 
+from hf_triton_mlp import proof
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
 from hf_triton_mlp.mlp import (
@@ -65,6 +67,7 @@ class MLPSpec:
     family: the name in reports (transformers' model_type).
     layer_class: the decoder layer.
     fused_layer: its short forward; None when only the MLP module is replaced.
+    attention: the module that a fused layer calls before its MLP.
     mlp, mlp_class: the MLP module; None when the layer computes its MLP inline, and then up and
         down are children of the layer, not of the MLP.
     gate: the projection that the activation takes in a gated MLP.
@@ -79,6 +82,7 @@ class MLPSpec:
     family: str
     layer_class: str
     fused_layer: type[FusedLayer] | None = None
+    attention: str | None = None
     mlp: str | None
     mlp_class: str | None = None
     up: str
@@ -131,13 +135,18 @@ def specs() -> tuple[MLPSpec, ...]:
 
 @dataclass(frozen=True)
 class PatchRow:
-    """One decoder layer in a PatchReport; `reason` says why it was not replaced or not fused."""
+    """One decoder layer in a PatchReport; `reason` says why it was not replaced or not fused.
+
+    verified: "yes", or "no" where nothing was compared: without verify, on the meta device, and
+    where parts are called, not read.
+    """
 
     layer: str
     replaced: str
     dtype: str
     device: str
     plan: str
+    verified: str
     reason: str
 
 
@@ -148,7 +157,7 @@ class PatchReport:
     rows: tuple[PatchRow, ...]
 
     def __str__(self) -> str:
-        header = ("layer", "replaced", "dtype", "device", "plan", "reason")
+        header = ("layer", "replaced", "dtype", "device", "plan", "verified", "reason")
         table = [header, *(tuple(getattr(row, name) for name in header) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
@@ -160,9 +169,15 @@ class _Swap:
     """One checked replacement: nothing in the model has changed yet."""
 
     spec: MLPSpec
+    name: str
     layer: nn.Module
     config: MLPConfig
     depth: str
+
+    @property
+    def kind(self) -> tuple[MLPSpec, MLPConfig]:
+        """What layers have in common of which one stands for all."""
+        return self.spec, self.config
 
 
 def patch_model(
@@ -171,18 +186,22 @@ def patch_model(
     include: Iterable[str | int] | None = None,
     exclude: Iterable[str | int] | None = None,
     depth: str = "layer",
+    verify: bool = True,
 ) -> Model:
     """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
 
     include, exclude: layers by position or by qualified name ("transformer.h.0"; fnmatch patterns).
     depth: "layer" fuses attention residual, norm, MLP and residual into one call, where the family
     has such a layer (`patch_report` says it); "mlp" replaces the MLP module alone.
+    verify: compare one layer of each kind with the original first, on a random token: a copy of it
+    without its attention, in the model's dtype and in a wider one.
 
     Weights are moved, not copied; state_dict keys stay as they are. Every layer is checked before
     any is replaced, so that an error leaves the model as it was. Layers that are already patched
     stay as they are.
 
-    Raises ValueError when no layer is supported, or a layer cannot be patched faithfully, and
+    Raises ValueError when no layer is supported, or a layer cannot be patched faithfully (when
+    verified, with more than twice torch's own error), and
     RuntimeError for a GPU older than compute capability 8.0.
     """
     if depth not in ("layer", "mlp"):
@@ -194,9 +213,10 @@ def patch_model(
         for name, layer, spec in found
         if name in chosen and not _is_patched(name, layer, spec, depth)
     ]
+    verified = _verify(swaps) if verify else set()
     try:
         for swap in swaps:
-            _install(swap)
+            _install(swap).verified = swap.name in verified
     except BaseException:  # no memory for one weight, or interrupted
         for swap in swaps:
             _uninstall(swap.layer, swap.spec)
@@ -218,10 +238,11 @@ def patched(
     include: Iterable[str | int] | None = None,
     exclude: Iterable[str | int] | None = None,
     depth: str = "layer",
+    verify: bool = True,
 ) -> Iterator[Model]:
     """Patch `model` for a with block, and leave it as it was; arguments as for patch_model."""
     before = [layer for _, layer, spec in _decoder_layers(model) if _triton_mlp(layer, spec)]
-    patch_model(model, include=include, exclude=exclude, depth=depth)
+    patch_model(model, include=include, exclude=exclude, depth=depth, verify=verify)
     try:
         yield model
     finally:
@@ -373,7 +394,7 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         check_projections(config, (up, gate, down))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return _Swap(spec, layer, config, depth)
+    return _Swap(spec, name, layer, config, depth)
 
 
 def _norm(spec: MLPSpec, layer: nn.Module) -> nn.Module:
@@ -442,23 +463,95 @@ def _get(layer: nn.Module, path: str) -> Any:
     return value
 
 
+# --- verify -----------------------------------------------------------------------------------
+
+
+def _verify(swaps: list[_Swap]) -> set[str]:
+    """The layers whose patch computes what they do, shown by the first of each kind.
+
+    Those that cannot be shown are left out; ValueError for one that computes something else.
+    """
+    readable = [swap for swap in swaps if _readable(swap)]
+    first: dict[Any, _Swap] = {}
+    for swap in readable:
+        first.setdefault(swap.kind, swap)
+    proven = {kind for kind, swap in first.items() if _prove(swap)}
+    return {swap.name for swap in readable if swap.kind in proven}
+
+
+def _readable(swap: _Swap) -> bool:
+    """Whether the kernels would read this layer's weights, and a copy of it may be called."""
+    spec, layer = swap.spec, swap.layer
+    weights = [read_projection(p) for p in spec.projections(layer) if p is not None]
+    for read in weights:
+        if read is None or read[0].is_meta or read[0].dtype is not swap.config.dtype:
+            return False
+    if swap.depth == "mlp":
+        return proof.can_run(layer.get_submodule(spec.mlp or ""), None)
+    norm, norm_class = _norm(spec, layer), _norm_class(spec)
+    if norm_class is None or not is_plain(norm, norm_class) or read_parameters(norm) is None:
+        return False
+    return proof.can_run(layer, spec.attention)
+
+
+def _prove(swap: _Swap) -> bool:
+    """Whether a patched copy of a layer computes what the layer does; False: cannot be told.
+
+    ValueError when it computes something else. Weights may be anything before they are loaded:
+    where the layer itself returns NaN or infinity nothing can be told.
+    """
+    spec, layer, name, dtype = swap.spec, swap.layer, swap.name, swap.config.dtype
+    read = read_projection(spec.projections(layer)[0])
+    assert read is not None
+    try:
+        if swap.depth == "layer":
+            module, attention = layer, spec.attention
+            patch = lambda twin: _install(replace(swap, layer=twin))  # noqa: E731
+            unpatch = lambda twin: _uninstall(twin, spec)  # noqa: E731
+        else:
+            module, attention = layer.get_submodule(spec.mlp or ""), None
+            patch = lambda twin: _adopt(swap, twin)  # noqa: E731
+            unpatch = lambda twin: twin.release()  # noqa: E731
+        found, own = proof.errors(module, attention, read[0], patch, unpatch)
+    except Exception as error:
+        raise ValueError(
+            f"{name}: a copy of it cannot be run to verify its patch ({type(error).__name__}: "
+            f"{error}); verify=False leaves that out"
+        ) from error
+    if not math.isfinite(own):
+        return False
+    if not proof.within_bound(found, own, dtype):
+        raise ValueError(
+            f"{name}: a {type(module).__name__} computes something else than TritonMLP would: on a "
+            f"random token the error is {found:.2e}, that of torch in {dtype} is {own:.2e}"
+        )
+    return True
+
+
 # --- replace, and the way back ----------------------------------------------------------------
 
 
-def _install(swap: _Swap) -> None:
-    layer, config, spec = swap.layer, swap.config, swap.spec
-    norm_class = _norm_class(spec) if swap.depth == "layer" else None
+def _install(swap: _Swap) -> TritonMLP:
+    layer, spec = swap.layer, swap.spec
     if spec.mlp is None:
-        mlp = TritonMLP.inline(config, _get(layer, spec.activation), norm_class)
+        activation = _get(layer, spec.activation)
+        mlp = TritonMLP.inline(swap.config, activation, _norm_class(spec))
         layer.add_module("mlp", mlp.train(layer.training))
     else:
-        mlp = layer.get_submodule(spec.mlp)
-        cls = stand_in(TritonMLP, type(mlp))
-        names = {"up": spec.up, "gate": spec.gate, "down": spec.down}
-        cls.adopt(mlp, config, **names, norm_class=norm_class)
+        mlp = _adopt(swap, layer.get_submodule(spec.mlp))
     if swap.depth == "layer":
         assert spec.fused_layer is not None
         change_class(layer, stand_in(spec.fused_layer, type(layer)))
+    return mlp
+
+
+def _adopt(swap: _Swap, mlp: Any) -> TritonMLP:
+    """Turn the MLP module of a layer into a TritonMLP."""
+    spec = swap.spec
+    norm_class = _norm_class(spec) if swap.depth == "layer" else None
+    names = {"up": spec.up, "gate": spec.gate, "down": spec.down}
+    stand_in(TritonMLP, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
+    return mlp
 
 
 def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
@@ -484,7 +577,8 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     device = "-" if weight is None else str(weight.device)
     mlp = _triton_mlp(layer, spec)
     if mlp is None:
-        return PatchRow(name, "-", dtype, device, "-", "not patched")
+        return PatchRow(name, "-", dtype, device, "-", "-", "not patched")
+    verified = "yes" if mlp.verified else "no"
     fused = isinstance(layer, FusedLayer)
     replaced = "attention residual + norm + MLP + residual" if fused else "MLP"
     read = read_projection(up)
@@ -504,11 +598,12 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     ]
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
-        return PatchRow(name, replaced, dtype, device, "PyTorch", reason)
+        return PatchRow(name, replaced, dtype, device, "PyTorch", verified, reason)
     weight = read[0]
     if not weight.is_cuda:
         plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
-        return PatchRow(name, replaced, dtype, device, plan, reason)
+        return PatchRow(name, replaced, dtype, device, plan, verified, reason)
     up_plan = plan_linear(1, weight, gated=gate is not None)
     down_plan = plan_linear(1, (read_projection(down) or read)[0])
-    return PatchRow(name, replaced, dtype, device, f"decode: {up_plan}; {down_plan}", "")
+    plan = f"decode: {up_plan}; {down_plan}"
+    return PatchRow(name, replaced, dtype, device, plan, verified, "")

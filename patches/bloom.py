@@ -66,6 +66,7 @@ SPECS = (
         family="bloom",
         layer_class=f"{MODULE}.BloomBlock",
         fused_layer=FusedBloomBlock,
+        attention="self_attention",
         mlp="mlp",
         mlp_class=f"{MODULE}.BloomMLP",
         up="dense_h_to_4h",

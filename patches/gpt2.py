@@ -62,6 +62,7 @@ SPECS = (
         family="gpt2",
         layer_class=f"{MODULE}.GPT2Block",
         fused_layer=FusedGPT2Block,
+        attention="attn",
         mlp="mlp",
         mlp_class=f"{MODULE}.GPT2MLP",
         up="c_fc",

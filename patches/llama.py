@@ -104,6 +104,7 @@ def _spec(family: str, layer: str, mlp: str, norm: str | None = None) -> MLPSpec
     if norm is not None:
         fused = {
             "fused_layer": FusedLlamaDecoderLayer,
+            "attention": "self_attn",
             "norm": lambda layer: "post_attention_layernorm",
             "norm_kind": "rms_norm",
             "norm_class": f"{module}.{norm}",

@@ -48,6 +48,7 @@ SPECS = (
         family="opt",
         layer_class="transformers.models.opt.modeling_opt.OPTDecoderLayer",
         fused_layer=FusedOPTDecoderLayer,
+        attention="self_attn",
         mlp=None,
         up="fc1",
         down="fc2",

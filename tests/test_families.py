@@ -306,7 +306,7 @@ class Launches:
 @pytest.mark.parametrize("variant", ["gpt2", "bloom", "opt", "opt-post-norm", "llama", "gemma"])
 def test_the_kernels_run_on_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
-    model = patch_model(tiny.build_variant(variant).cuda())
+    model = patch_model(tiny.build_variant(variant).cuda(), verify=False)
     with torch.no_grad():
         model(**tiny.batch("cuda"))
     assert launches.count == 2 * tiny.LAYERS
@@ -329,7 +329,7 @@ def test_interpreted_outputs(
     sizes = {**sizes, **tiny.layer_count(family, 2)}
     model = tiny.build_variant(variant, attn_implementation="eager", **sizes)
     launches = Launches(monkeypatch)
-    assert_same_outputs(model, tiny.batch(padding="right"), dtype)
+    assert_same_outputs(model, tiny.batch(padding="right"), dtype, verify=False)
     assert launches.count == 2 * 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
+from tiny_models import tree
 from torch import nn
 from transformers import BertConfig, BertModel
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomMLP
@@ -30,22 +31,6 @@ CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(**tiny.batch()).logits
-
-
-def tree(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Everything that a patch could leave behind: each module by identity, class and attributes."""
-    return [
-        (
-            name,
-            id(module),
-            type(module),
-            tuple(sorted(module.__dict__)),
-            tuple((key, id(child)) for key, child in module._modules.items()),
-            tuple((key, id(p), p is None or p.stride()) for key, p in module._parameters.items()),
-            module.training,
-        )
-        for name, module in model.named_modules()
-    ]
 
 
 def patched_layers(model: nn.Module) -> list[int]:
@@ -460,12 +445,14 @@ def test_report(family: str, depth: str) -> None:
     report = patch_report(model)
     assert [row.layer for row in report.rows] == names
     assert [row.reason for row in report.rows] == ["", "not patched", ""]
+    assert [row.verified for row in report.rows] == ["yes", "-", "yes"]
     assert {(row.dtype, row.device) for row in report.rows} == {("float16", "cpu")}
     assert ("norm" in report.rows[0].replaced) == (depth == "layer")
 
     lines = str(report).splitlines()
     assert len(lines) == 1 + tiny.LAYERS
-    assert lines[0].split() == ["layer", "replaced", "dtype", "device", "plan", "reason"]
+    names = ["layer", "replaced", "dtype", "device", "plan", "verified", "reason"]
+    assert lines[0].split() == names
     start = lines[0].index("dtype")
     assert all(line[start:].startswith("float16") for line in lines[1:])
     assert all(line == line.rstrip() for line in lines)

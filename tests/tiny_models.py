@@ -259,6 +259,22 @@ def assert_as_accurate(patched: Tensor, original: Tensor, reference: Tensor) -> 
         assert error <= bound, f"{name} error {error:.3e}, bound {bound:.3e}"
 
 
+def tree(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Everything that a patch could leave behind: each module by identity, class and attributes."""
+    return [
+        (
+            name,
+            id(module),
+            type(module),
+            tuple(sorted(module.__dict__)),
+            tuple((key, id(child)) for key, child in module._modules.items()),
+            tuple((key, id(p), p is None or p.stride()) for key, p in module._parameters.items()),
+            module.training,
+        )
+        for name, module in model.named_modules()
+    ]
+
+
 def tensors(output: Any) -> list[Tensor]:
     """All floating-point tensors of a model output, in order."""
     if isinstance(output, Tensor):

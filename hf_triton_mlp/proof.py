@@ -1,0 +1,108 @@
+"""One layer's second half on a random probe: as its class computes it, and as patched."""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_triton_mlp.mlp import TritonMLP, has_own_forward, is_plain
+
+#: What enters a layer is so small that it hides nothing which the MLP, behind a norm, adds to it.
+PROBE_SCALE = 1 / 32
+
+#: As in the tests of the kernels: torch's own error may be nothing, by chance.
+ERROR_RATIO = 2
+FLOOR_EPS = 2
+
+
+class _Attention(nn.Module):
+    """Stands where a layer's attention was, and returns the same tensor for all inputs."""
+
+    output: Tensor
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("output", output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return self.output, None
+
+
+def can_run(module: nn.Module, attention: str | None) -> bool:
+    """Whether `errors` may run a copy: no hooks, no other forwards, outside the attention.
+
+    Hooks on `module` itself see what it is called with, and go on to; the copy is not called.
+    """
+    parts = (
+        part
+        for name, part in module.named_modules()
+        if name and not (attention is not None and f"{name}.".startswith(f"{attention}."))
+    )
+    return not has_own_forward(module) and all(is_plain(part, type(part)) for part in parts)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def errors(
+    module: nn.Module,
+    attention: str | None,
+    like: Tensor,
+    patch: Callable[[nn.Module], TritonMLP],
+    unpatch: Callable[[nn.Module], None],
+) -> tuple[float, float]:
+    """(error of `module` patched, torch's own), relative to the same in a wider dtype.
+
+    module: a decoder layer, whose attention is left out, or (attention None) an MLP. like: a
+    weight (…, H), whose dtype and device the probe has. A copy is run, without the attention's
+    weights: by its own class, patched, and in float32, or float64 where it is float32. On a GPU
+    the patched copy runs the kernels, elsewhere PyTorch on the tensors that they would read.
+    """
+    generator = torch.Generator().manual_seed(0)
+    dtype, device = like.dtype, like.device
+
+    def random() -> Tensor:
+        return torch.randn((1, 1, like.shape[-1]), generator=generator).to(device, dtype)
+
+    memo: dict[int, Any] = {}
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if attention is None:
+        inputs = [random() for _ in required]
+    else:
+        memo[id(module.get_submodule(attention))] = _Attention(PROBE_SCALE * random())
+        inputs = [PROBE_SCALE * random(), *[None] * (len(required) - 1)]
+
+    twin = copy.deepcopy(module, memo).eval()
+
+    def run(dtype: torch.dtype) -> Tensor:
+        with torch.autocast(device.type, enabled=False):
+            output = twin.forward(*[None if x is None else x.to(dtype) for x in inputs])
+        return output if isinstance(output, Tensor) else output[0]
+
+    own = run(dtype)
+    patch(twin).proving = True
+    found = run(dtype)
+    unpatch(twin)
+    wide = torch.float64 if dtype is torch.float32 else torch.float32
+    twin.to(wide)
+    exact = run(wide).double()
+
+    def error(output: Tensor) -> float:
+        distance, size = (output.double() - exact).norm().item(), exact.norm().item()
+        return distance / size if size else distance
+
+    return error(found), error(own)
+
+
+def within_bound(found: float, own: float, dtype: torch.dtype) -> bool:
+    """Whether the patched error is at most twice torch's own and two roundings; NaN is not.
+
+    Nor is one that leaves less than half of the digits: torch's own is as large where a layer is
+    random.
+    """
+    eps = torch.finfo(dtype).eps
+    return found <= min(ERROR_RATIO * own + FLOOR_EPS * eps, math.sqrt(eps))
