@@ -241,12 +241,12 @@ def info() -> None:
             )
         else:
             console.print("device: CPU (patched models run PyTorch here)")
-        table = Table("family", "layer", "up, down", "depths", title="supported architectures")
-        for spec in specs():
+        table = Table("family", "layer", "MLP", "depths", title="supported architectures")
+        for spec in sorted(specs(), key=lambda spec: spec.family):
             owner = "" if spec.mlp is None else f"{spec.mlp}."
-            projections = f"{owner}{spec.up}, {owner}{spec.down}"
+            names = [name for name in (spec.gate, spec.up, spec.down) if name is not None]
             layer = spec.layer_class.rpartition(".")[2]
-            table.add_row(spec.family, layer, projections, ", ".join(spec.depths))
+            table.add_row(spec.family, layer, owner + ", ".join(names), ", ".join(spec.depths))
         console.print(table)
         console.print("activations:", ", ".join(ACTIVATIONS))
 

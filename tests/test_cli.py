@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from hf_triton_mlp import cli
 from hf_triton_mlp.cli import app
+from hf_triton_mlp.patching import specs
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ["bloom", "gpt2", "opt-post-norm", "opt-pre-norm"]
@@ -125,3 +126,11 @@ def test_unsupported_model(tmp_path: Path) -> None:
     assert result.exit_code == 2
     for family in ("gpt2", "bloom", "opt"):
         assert family in result.output
+
+
+def test_the_readme_names_every_family() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme[readme.index("| family | depths |") :].split("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table]
+    named = {(family, depths) for families, depths in rows for family in families.split(", ")}
+    assert named == {(spec.family, ", ".join(spec.depths)) for spec in specs()}
