@@ -3,7 +3,6 @@
 Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices.
 """
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +15,6 @@ from triton.knobs import runtime
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp import tuning
-from hf_triton_mlp.driver import relauncher
 from hf_triton_mlp.kernels import (
     INTERPRETED,
     activation_kernel,
@@ -30,7 +28,7 @@ from hf_triton_mlp.kernels import (
     tiled_linear_kernel,
 )
 from hf_triton_mlp.tma import addressable, describe, describe_weights
-from hf_triton_mlp.tuning import DECODE_ROWS, Linear, Plan
+from hf_triton_mlp.tuning import Linear, Plan
 
 
 @lru_cache
@@ -544,158 +542,3 @@ def residual_add(
         )
     )
     return out
-
-
-class BoundLaunches(NamedTuple):
-    """What `DecodeMLP` does for one number of rows, in work_bytes of memory of its own."""
-
-    launches: tuple[Callable[..., None], ...]
-    work_bytes: int
-    offsets: tuple[int, ...]
-
-
-class DecodeMLP:
-    """An MLP for a few rows as launches with everything bound but the addresses of the rows.
-
-    What finding the plan, checking the tensors and looking the compiled kernels up costs the host
-    is paid once for each number of rows; a call costs two allocations and two or three launches.
-    It is for plain calls: no gradients, no tracing, tensors of the weights' dtype on their device,
-    and weights that are where they were: their addresses are kept, not the tensors.
-    """
-
-    def __init__(self, up: Tensor) -> None:
-        self.intermediate, self.hidden = up.shape
-        self.device_index, self.dtype = up.device.index, up.dtype
-        self._bound: dict[tuple[int, bool, bool], BoundLaunches] = {}
-
-    def __call__(self, input: Tensor, residual: Tensor | None, early: bool) -> Tensor | None:
-        """The MLP of input (…, H), with a norm of input + residual, plus the residual.
-
-        None when no launches are bound for such a call: another number of rows, tensors that are
-        not contiguous or not aligned, another current device, a profiler that wants to see
-        launches. early: as in `TritonMLP.forward`.
-        """
-        x = input.data_ptr()
-        r = None if residual is None else residual.data_ptr()
-        M = input.numel() // self.hidden
-        bound = self._bound.get((M, r is None, early))
-        if (
-            bound is None
-            or (x | (r or 0)) % 16
-            or not input.is_contiguous()
-            or (residual is not None and not residual.is_contiguous())
-            or torch._C._cuda_getDevice() != self.device_index
-            or runtime.launch_enter_hook.calls
-            or runtime.launch_exit_hook.calls
-        ):
-            return None
-        out = torch.empty_like(input)
-        stream = torch._C._cuda_getCurrentRawStream(self.device_index)
-        # torch.cuda.caching_allocator_alloc without its checks: half the time of a tensor.
-        work = torch._C._cuda_cudaCachingAllocator_raw_alloc(bound.work_bytes, stream)
-        try:
-            addresses = (x, r or 0, out.data_ptr(), *[work + offset for offset in bound.offsets])
-            for launch_again in bound.launches:
-                launch_again(stream, addresses)
-        finally:
-            torch._C._cuda_cudaCachingAllocator_raw_delete(work)
-        return out
-
-    def bind(
-        self,
-        input: Tensor,
-        residual: Tensor | None,
-        up: tuple[Tensor, Tensor | None],
-        gate: tuple[Tensor | None, Tensor | None],
-        down: tuple[Tensor, Tensor | None],
-        *,
-        activation: str,
-        norm: tuple[str, Tensor | None, Tensor | None, float] | None,
-        carry_normed: bool,
-        early: bool,
-    ) -> None:
-        """Bind the launches for calls with as many rows as these tensors have, if few.
-
-        norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`;
-        early: as in `TritonMLP.forward`.
-        """
-        M = input.numel() // self.hidden
-        if (M, residual is None, early) in self._bound:
-            return
-        for tensor in (input, residual):
-            if tensor is not None and (tensor.data_ptr() % 16 or not tensor.is_contiguous()):
-                return
-        if not 0 < M <= DECODE_ROWS:
-            return
-        x = input.view(M, self.hidden)
-        r = None if residual is None else residual.view(M, self.hidden)
-        with on_device(x):
-            carry, normed, out = (torch.empty_like(x) for _ in range(3))
-            hidden = x.new_empty((M, self.intermediate))
-            work = [carry, normed, hidden]
-            up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
-            down_plan = plan_linear(M, down[0])
-            calls: list[Launch] = []
-
-            def add(
-                plan: Plan,
-                source: Tensor,
-                linear: tuple[Tensor, Tensor | None],
-                gate: tuple[Tensor | None, Tensor | None],
-                activation: str | None,
-                norm: Norm | None,
-                summands: Summands,
-                out: Tensor,
-            ) -> None:
-                rest = (gate, activation, norm, summands, out, early or bool(calls))
-                if plan.splits == 1:
-                    calls.append(linear_launch(plan, source, *linear, *rest))
-                    return
-                parts = split_parts(plan, out, gated=gate[0] is not None)
-                work.append(parts)
-                calls.extend(split_launches(plan, source, *linear, *rest, parts))
-
-            source, before, summands, carried = x, None, NO_SUMMANDS, r
-            if norm is not None:
-                before, summands, carried = Norm(*norm, carry, carry_normed), Summands(r), carry
-                if not up_plan.fuses_norm:
-                    source = carry if carry_normed else normed
-                    calls.append(norm_launch(x, r, None, before, source, pdl=up_plan.pdl))
-                    before, summands = None, NO_SUMMANDS
-            add(up_plan, source, up, gate, activation, before, summands, hidden)
-            add(down_plan, hidden, down, (None, None), None, None, Summands(carried), out)
-            offsets = [0]
-            for tensor in work:
-                offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)
-            moving = (x, r, out, *work)
-            self._bound[M, r is None, early] = BoundLaunches(
-                tuple([bind(call, moving) for call in calls]), offsets.pop(), tuple(offsets)
-            )
-
-
-def bind(call: Launch, moving: tuple[Tensor | None, ...]) -> Callable[..., None]:
-    """Launch once; a function of (stream, addresses of the moving tensors) that launches again."""
-    compiled = launch(call)
-    places = {id(tensor): i for i, tensor in enumerate(moving) if tensor is not None}
-    arguments = (*call.tensors, *call.scalars, *call.constants)
-    moved = [places.get(id(argument)) for argument in arguments]
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return relauncher(compiled, call.grid, values, moved, len(moving)) or _triton_relauncher(
-        compiled, call.grid, values, moved
-    )
-
-
-def _triton_relauncher(
-    compiled: Any, grid: tuple[int, int, int], values: list[Any], moved: list[int | None]
-) -> Callable[..., None]:
-    """`relauncher` by Triton's own launcher, which takes about three times as long."""
-
-    def launch_again(stream: int, addresses: tuple[int, ...]) -> None:
-        arguments = [
-            value if place is None else addresses[place]
-            for value, place in zip(values, moved, strict=True)
-        ]
-        function, metadata = compiled.function, compiled.packed_metadata
-        compiled.run(*grid, stream, function, metadata, None, None, None, *arguments)
-
-    return launch_again

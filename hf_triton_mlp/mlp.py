@@ -11,10 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
-from transformers.pytorch_utils import Conv1D
 
+from hf_triton_mlp.bound import BoundParts, DecodeMLP
 from hf_triton_mlp.kernels import INTERPRETED
-from hf_triton_mlp.launchers import DecodeMLP
 from hf_triton_mlp.ops import (
     DTYPES,
     NORMS,
@@ -29,13 +28,19 @@ from hf_triton_mlp.ops import (
     norm_function,
     projection_functions,
 )
+from hf_triton_mlp.reading import (
+    has_own_forward,
+    is_plain,
+    read_epsilon,
+    read_parameters,
+    read_projection,
+    stored_by_output,
+)
 
 Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
 
 #: The modules that compute the norms of an MLPConfig; a model's family may have its own class.
 NORM_CLASSES: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
-
-EPSILONS = ("eps", "variance_epsilon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,132 +79,6 @@ class MLPConfig:
             raise ValueError(f"norm_eps must not be negative, found {self.norm_eps}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype} is not supported; supported: {DTYPES}")
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether the instance's forward is not its class's (a monkeypatch, or accelerate's hooks).
-
-    Removing an accelerate hook leaves the class's forward, bound, on the instance.
-    """
-    forward = module.__dict__.get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-
-
-def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether calling `module` does what its class says, so that its weights may be read instead.
-
-    Not so for another class (LoRA wrappers, quantized layers, parametrizations), for a module
-    with hooks, and for one whose forward was replaced on the instance. Backward hooks do not
-    matter: the kernels run only where nothing needs a gradient.
-    """
-    return (
-        type(module) in classes
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not has_own_forward(module)
-    )
-
-
-def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
-    """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    plain = (nn.Parameter, Tensor, type(None))
-    if type(weight) not in plain or type(bias) not in plain:
-        return None
-    return weight, bias  # pyright: ignore[reportReturnType]
-
-
-def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """(weight as (out, in), bias) of a plain nn.Linear or Conv1D; None if it must be called."""
-    if not is_plain(module, nn.Linear, Conv1D):
-        return None
-    read = read_parameters(module)
-    if read is None or read[0] is None:
-        return None
-    return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
-
-
-def read_epsilon(norm: nn.Module) -> float | None:
-    """What a norm adds to the variance: torch's classes name it eps, most RMSNorms otherwise."""
-    for name in EPSILONS:
-        if name in norm.__dict__:
-            return norm.__dict__[name]
-    return None
-
-
-def stored_by_output(projection: nn.Module) -> Tensor | None:
-    """A copy of a Conv1D's weight (in, out) with strides (1, in); None where that is not wanted.
-
-    Not wanted: another layer, one that must be called, a weight that shares its memory.
-    """
-    if type(projection) is not Conv1D or read_projection(projection) is None:
-        return None
-    weight = projection.weight
-    if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.nbytes:
-        return None
-    with torch.inference_mode(False):
-        return weight.data.t().contiguous().t()
-
-
-class BoundParts:
-    """Decode launches, and the modules whose parameters they have the addresses of."""
-
-    def __init__(
-        self, mlp: nn.Module, parts: list[nn.Module | None], norm_eps: float, launches: DecodeMLP
-    ) -> None:
-        """parts: what `mlp` calls or reads; its own parameters are looked at too."""
-        self.launches = launches
-        self.parts = parts
-        self.norm_eps = norm_eps
-        modules = [part for part in parts if part is not None]
-        self.modules = [(module, type(module), module.__dict__) for module in modules]
-        self.epsilons = [
-            (module.__dict__, name)
-            for module in modules
-            for name in EPSILONS
-            if name in module.__dict__
-        ]
-        self.parameters = [
-            (module._parameters, name, p, p.data_ptr(), p.dtype, p.shape, p.stride())
-            for module in (mlp, *modules)
-            for name, p in module._parameters.items()
-            if p is not None
-        ]
-        self.absent = [
-            (module._parameters, name)
-            for module in (mlp, *modules)
-            for name, p in module._parameters.items()
-            if p is None
-        ]
-
-    def unchanged(self, parts: list[nn.Module | None]) -> bool:
-        """Whether these are the same, plain modules with their parameters where they were.
-
-        It takes the host two or three microseconds.
-        """
-        if parts != self.parts:
-            return False
-        for module, cls, state in self.modules:
-            if (
-                type(module) is not cls
-                or state["_forward_hooks"]
-                or state["_forward_pre_hooks"]
-                or ("forward" in state and has_own_forward(module))
-            ):
-                return False
-        for parameters, name, p, address, dtype, shape, strides in self.parameters:
-            if (
-                parameters.get(name) is not p
-                or p.data_ptr() != address
-                or p.dtype is not dtype
-                or p.shape != shape
-                or p.stride() != strides
-            ):
-                return False
-        for parameters, name in self.absent:
-            if parameters[name] is not None:
-                return False
-        return all([state.get(name) == self.norm_eps for state, name in self.epsilons])
 
 
 class StandIn(nn.Module):

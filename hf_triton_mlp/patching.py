@@ -32,14 +32,16 @@ from hf_triton_mlp.mlp import (
     TritonMLP,
     change_class,
     check_projections,
+    stand_in,
+)
+from hf_triton_mlp.ops import DTYPES
+from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
     read_epsilon,
     read_parameters,
     read_projection,
-    stand_in,
 )
-from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.tuning import check_capability
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_triton_mlp.mlp import TritonMLP, has_own_forward, is_plain
+from hf_triton_mlp.mlp import TritonMLP
+from hf_triton_mlp.reading import has_own_forward, is_plain
 
 #: What enters a layer is so small that it hides nothing which the MLP, behind a norm, adds to it.
 PROBE_SCALE = 1 / 32

@@ -603,7 +603,7 @@ def test_lora_gradients(family: str, order: str) -> None:
 def test_what_changes_a_layer_under_the_interpreter(which: str) -> None:
     """In PyTorch every part of a layer is called; only kernels could pass over a hook."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k",
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-k",
          f"({which}) and not gradients", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,

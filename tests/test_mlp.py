@@ -14,9 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import MLPConfig, TritonMLP
+from hf_triton_mlp.bound import BoundParts, DecodeMLP
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.launchers import DecodeMLP
-from hf_triton_mlp.mlp import BoundParts, stand_in
+from hf_triton_mlp.mlp import stand_in
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, I = 24, 56  # noqa: E741

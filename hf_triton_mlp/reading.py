@@ -1,0 +1,73 @@
+"""A model's modules, read instead of called: which may be, and what they hold."""
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+#: What norms name the number that they add to the variance.
+EPSILONS = ("eps", "variance_epsilon")
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the instance's forward is not its class's (a monkeypatch, or accelerate's hooks).
+
+    Removing an accelerate hook leaves the class's forward, bound, on the instance.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether calling `module` does what its class says, so that its weights may be read instead.
+
+    Not so for another class (LoRA wrappers, quantized layers, parametrizations), for a module
+    with hooks, and for one whose forward was replaced on the instance. Backward hooks do not
+    matter: the kernels run only where nothing needs a gradient.
+    """
+    return (
+        type(module) in classes
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not has_own_forward(module)
+    )
+
+
+def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
+    """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    plain = (nn.Parameter, Tensor, type(None))
+    if type(weight) not in plain or type(bias) not in plain:
+        return None
+    return weight, bias  # pyright: ignore[reportReturnType]
+
+
+def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """(weight as (out, in), bias) of a plain nn.Linear or Conv1D; None if it must be called."""
+    if not is_plain(module, nn.Linear, Conv1D):
+        return None
+    read = read_parameters(module)
+    if read is None or read[0] is None:
+        return None
+    return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
+
+
+def read_epsilon(norm: nn.Module) -> float | None:
+    """What a norm adds to the variance: torch's classes name it eps, most RMSNorms otherwise."""
+    for name in EPSILONS:
+        if name in norm.__dict__:
+            return norm.__dict__[name]
+    return None
+
+
+def stored_by_output(projection: nn.Module) -> Tensor | None:
+    """A copy of a Conv1D's weight (in, out) with strides (1, in); None where that is not wanted.
+
+    Not wanted: another layer, one that must be called, a weight that shares its memory.
+    """
+    if type(projection) is not Conv1D or read_projection(projection) is None:
+        return None
+    weight = projection.weight
+    if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.nbytes:
+        return None
+    with torch.inference_mode(False):
+        return weight.data.t().contiguous().t()
