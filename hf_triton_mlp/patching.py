@@ -139,8 +139,8 @@ def specs() -> tuple[MLPSpec, ...]:
 class PatchRow:
     """One decoder layer in a PatchReport; `reason` says why it was not replaced or not fused.
 
-    verified: "yes", or "no" where nothing was compared: without verify, on the meta device, and
-    where parts are called, not read.
+    verified: "yes", or "no" where nothing was compared: without verify, on the meta device, where
+    parts are called, not read, and where there was no memory for a wider copy of a layer.
     """
 
     layer: str
@@ -515,6 +515,8 @@ def _prove(swap: _Swap) -> bool:
             patch = lambda twin: _adopt(swap, twin)  # noqa: E731
             unpatch = lambda twin: twin.release()  # noqa: E731
         found, own = proof.errors(module, attention, read[0], patch, unpatch)
+    except torch.OutOfMemoryError:
+        return False
     except Exception as error:
         raise ValueError(
             f"{name}: a copy of it cannot be run to verify its patch ({type(error).__name__}: "

@@ -306,6 +306,15 @@ def test_weights_that_are_not_numbers() -> None:
     assert_not_verified(model, [0, 1, 2])
 
 
+def test_no_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def errors(*arguments: Any) -> tuple[float, float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(proof, "errors", errors)
+    model = patch_model(tiny.build("llama"))
+    assert {row.verified for row in patch_report(model).rows} == {"no"}
+
+
 def test_a_layer_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("needs a printer")
