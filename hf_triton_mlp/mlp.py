@@ -376,6 +376,7 @@ class TritonMLP(StandIn):
             and not torch.compiler.is_compiling()
             and input.is_cuda
             and not INTERPRETED
+            and torch._C._len_torch_dispatch_stack() == 0
             and not torch.cuda.is_current_stream_capturing()
         ):
             self._bind(input, residual, weights, norm, projections, early)

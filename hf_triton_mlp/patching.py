@@ -59,6 +59,10 @@ ACTIVATION_CLASSES: dict[type[nn.Module], str] = {
 }
 
 
+#: How PyTorch, Triton and cuBLAS say that a GPU is full.
+NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MLPSpec:
     """Where a family's MLP is and what it computes; every path is relative to a decoder layer.
@@ -478,6 +482,8 @@ def _verify(swaps: list[_Swap]) -> set[str]:
     for swap in readable:
         first.setdefault(swap.kind, swap)
     proven = {kind for kind, swap in first.items() if _prove(swap)}
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the copies may have been large
     return {swap.name for swap in readable if swap.kind in proven}
 
 
@@ -515,9 +521,9 @@ def _prove(swap: _Swap) -> bool:
             patch = lambda twin: _adopt(swap, twin)  # noqa: E731
             unpatch = lambda twin: twin.release()  # noqa: E731
         found, own = proof.errors(module, attention, read[0], patch, unpatch)
-    except torch.OutOfMemoryError:
-        return False
     except Exception as error:
+        if any(text in str(error) for text in NO_MEMORY):
+            return False
         raise ValueError(
             f"{name}: a copy of it cannot be run to verify its patch ({type(error).__name__}: "
             f"{error}); verify=False leaves that out"

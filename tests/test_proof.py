@@ -306,9 +306,17 @@ def test_weights_that_are_not_numbers() -> None:
     assert_not_verified(model, [0, 1, 2])
 
 
-def test_no_memory_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_no_memory_for_a_copy(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def errors(*arguments: Any) -> tuple[float, float]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(proof, "errors", errors)
     model = patch_model(tiny.build("llama"))
