@@ -378,9 +378,11 @@ def measure(
     kernels: Collection[str] = KERNELS,
     milliseconds: float = 4.0,
 ) -> Measured:
-    """Try the plans in use and the candidates for up, then for down, in chains in CUDA graphs.
+    """Try the plans in use and the candidates in chains in CUDA graphs, for up, then for down.
 
-    A plan that does not compile, or whose error exceeds twice torch's own, does not count.
+    Each starts while the other runs: if down then has another plan than up was tried with, up is
+    tried again, and so once more down. A plan that does not compile, or whose error exceeds twice
+    torch's own, does not count.
     """
     dtype = layers[0].up.dtype
     chain = Chain(case, layers, M)
@@ -389,7 +391,12 @@ def measure(
         plan_linear(M, layers[0].up, gated=case.gated),
         plan_linear(M, layers[0].down),
     ]
-    for i, linear in enumerate(linears(case, M, dtype)):
+    both = linears(case, M, dtype)
+    tried_with: list[Plan | None] = [None, None]
+    for i in (0, 1, 0, 1):
+        if tried_with[i] == found[1 - i]:
+            break
+        tried_with[i], linear = found[1 - i], both[i]
         times: dict[Plan, float] = {}
         for plan in tried_plans(linear, kernels):
             plans = (plan, found[1]) if i == 0 else (found[0], plan)

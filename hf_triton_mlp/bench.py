@@ -150,10 +150,12 @@ def _cell(
 ) -> dict[str, Any]:
     torch._dynamo.reset()
     chain = Chain(case, layers, M)
+    # A graph keeps no tensors alive, and some peers have weights of their own.
+    halves: list[LayerHalf] = []
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     found: dict[str, dict[str, Any]] = {}
     same_bits = False
-    for name, build in peers(case, M).items():
+    for name, build in peers(case, M, layers[0].up.dtype).items():
         if name in COMPILED and not compiled:
             continue
         before = time.monotonic()
@@ -170,6 +172,7 @@ def _cell(
             if name == OURS:
                 same_bits = torch.equal(chain.run(half), chain.run(half))
             graphs[name] = chain.capture(half)
+            halves.append(half)
         except Exception as error:  # a peer that cannot run this is a result too
             if name == OURS:
                 raise

@@ -344,7 +344,7 @@ def linear_launch(
             shared,
             triton.next_power_of_2(-(-K // (shared or blocks))),
             plan.pdl,
-            waited,
+            waited and plan.lines == 0,
         )
         grid = (-(-M // together) * (shared or blocks), 1, 1)
         return Launch(skinny_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
@@ -366,7 +366,7 @@ def linear_launch(
             -(-blocks // programs),
             triton.next_power_of_2(-(-K // programs)),
             plan.pdl,
-            waited,
+            waited and plan.lines == 0,
         )
         grid = (programs, 1, 1)
         return Launch(stream_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)

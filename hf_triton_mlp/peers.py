@@ -19,7 +19,7 @@ from hf_triton_mlp.ops import MLPGemmOp, compose, norm_function
 
 OURS = "hf_triton_mlp"
 COMPILED = ("torch.compile", "max-autotune", "gemlite")
-#: What tunes itself takes up to a minute a cell, so it is measured for some.
+#: What tunes itself takes up to a minute a cell, so it is measured for some, in float16.
 MAX_AUTOTUNE_ROWS = (1, 128)
 MAX_AUTOTUNE_CASES = ("gpt2", "opt-1.3b")
 #: One for each of GemLite's kernels for few rows: matrix-vector, and split K.
@@ -29,7 +29,7 @@ GEMLITE_ROWS = (1, 16)
 Builder = Callable[[Case, list[MLPWeights]], LayerHalf]
 
 
-def peers(case: Case, M: int) -> dict[str, Builder]:
+def peers(case: Case, M: int, dtype: torch.dtype) -> dict[str, Builder]:
     """What computes a layer half of this case, by name; ours first."""
     found: dict[str, Builder] = {OURS: _ours, "torch eager": _torch_eager}
     if case.activation in ("gelu_new", "relu"):
@@ -39,7 +39,8 @@ def peers(case: Case, M: int) -> dict[str, Builder]:
     if case.gated and installed("liger_kernel"):
         found["liger"] = _liger
     found["torch.compile"] = _torch_compile
-    if M in MAX_AUTOTUNE_ROWS and case.name in MAX_AUTOTUNE_CASES:
+    tunes = M in MAX_AUTOTUNE_ROWS and case.name in MAX_AUTOTUNE_CASES
+    if tunes and dtype == torch.float16:
         found["max-autotune"] = partial(_torch_compile, mode="max-autotune-no-cudagraphs")
     if M in GEMLITE_ROWS and installed("gemlite"):
         found["gemlite"] = _gemlite

@@ -69,7 +69,8 @@ class Plan:
     K is one block, and "stream" share the columns among `programs`, 0 for one block each;
     "persistent" shares `splits` parts of each tile among `programs`.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
-    for `lines` lines of each weight row.
+    for `lines` lines of each weight row. With none "skinny" and "stream" load their first weights
+    into registers instead, where nobody may still be writing them.
     """
 
     kernel: str

@@ -75,7 +75,7 @@ def test_peers_compute_the_same(case: Case) -> None:
     chain = Chain(case, layers, 5)
     op = MLPGemmOp(activation=case.activation, norm=case.norm)
     expected = chain.first(lambda a, r, i: op.reference(a, layers[i], r))
-    found = peers.peers(case, 1)
+    found = peers.peers(case, 1, torch.float16)
     with torch.no_grad():
         for name, build in found.items():
             if name not in ("torch.compile", "max-autotune"):
@@ -94,7 +94,7 @@ def test_wheels_of_others_are_optional() -> None:
     for name in ("gemlite", "liger_kernel"):
         if not peers.installed(name):
             assert name not in bench.versions()
-            assert not {"gemlite", "liger"} & set(peers.peers(SMALL[2], 1))
+            assert not {"gemlite", "liger"} & set(peers.peers(SMALL[2], 1, torch.float16))
 
 
 def test_layers_do_not_stay_in_the_l2() -> None:

@@ -104,7 +104,7 @@ def skinny_linear_kernel(
     PROGRAMS: tl.constexpr,
     CARRY_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-    WAITED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Without NORM: out = act(x · Wᵀ + b) [∘ gate] + add + add2 + add_bias.
     With NORM: s = x + add + add_bias; u = norm(s); out = act(u · Wᵀ + b) [∘ gate];
@@ -118,8 +118,8 @@ def skinny_linear_kernel(
 
     ONE_BLOCK, which several ROWS need: K <= BLOCK_K, so that a row is in registers as a whole;
     PROGRAMS > 0 then share the blocks of W, and each computes the norm once. PDL: the program may
-    start while its predecessor runs. Before gdc_wait it warms the L2 up or, if whoever may have
-    written the weights has been WAITED for, loads its first weights.
+    start while its predecessor runs. Until that has ended it asks the L2 for LINES lines of each
+    weight row or, if EARLY, loads its first weights: whoever may have written them must be done.
     """
     tl.static_assert(ROWS == 1 or ONE_BLOCK)
     pid_n = tl.program_id(0)
@@ -144,15 +144,15 @@ def skinny_linear_kernel(
     # Latency decides for short rows: the norm's weights wait in registers, which long rows need.
     SHORT: tl.constexpr = ONE_BLOCK and BLOCK_K <= 2048
     if PDL:
-        if WAITED:
+        if EARLY:
             # The next kernel may load its weights too.
             gdc_launch_dependents()
-        if ONE_BLOCK and NORM is not None and not (WAITED and SHORT):
+        if ONE_BLOCK and NORM is not None and not (EARLY and SHORT):
             # Every program reads all of these: one asks for them.
             if pid_n == 0:
                 prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
                 prefetch_vector(norm_b_ptr, 0, K, BLOCK_K)
-    if PDL and not WAITED:
+    if PDL and not EARLY:
         prefetch_vector(b_ptr, pid_n * BLOCK_N, N, BLOCK_N)
         if LINES > 0:
             first_n = pid_n * BLOCK_N
@@ -177,7 +177,7 @@ def skinny_linear_kernel(
     if SHORT and NORM is not None:
         scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
     if PDL:
-        if WAITED:
+        if EARLY:
             gdc_wait()
         else:
             gdc_launch_dependents()

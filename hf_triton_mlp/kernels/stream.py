@@ -263,7 +263,7 @@ def stream_linear_kernel(
     BLOCKS: tl.constexpr,
     CARRY_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
-    WAITED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """What `skinny_linear_kernel` computes, for M <= ROWS (8 or 16) rows at once by tl.dot.
 
@@ -276,7 +276,7 @@ def stream_linear_kernel(
     The weights come in BLOCKS * TILES tiles, TILES times BLOCK_K for each block; STAGES of them
     are on their way. All is unrolled: 16-bit values that a loop carries would be unpacked when they
     arrive, and take twice the registers. With a NORM the rows stay in registers as a whole, and
-    TILES * BLOCK_K >= K must be few. PDL, WAITED: as there.
+    TILES * BLOCK_K >= K must be few. PDL, EARLY: as there.
     """
     HIGH: tl.constexpr = BLOCK_N // 8
     HIGH_X: tl.constexpr = ROWS // 8
@@ -290,7 +290,7 @@ def stream_linear_kernel(
     AHEAD_GATES: tl.constexpr = AHEAD if gated else 0
     # Latency decides for short rows: the norm's weights wait in registers, which long rows need.
     SHORT: tl.constexpr = TILES * BLOCK_K <= 1024 and ROWS * TILES * BLOCK_K <= 2048 * SLICES
-    EARLY: tl.constexpr = NORM is not None and SHORT
+    KEPT: tl.constexpr = NORM is not None and SHORT
     pid = tl.program_id(0)
     apart = tl.num_programs(0) * BLOCK_N
     row, k = tile_indices(HIGH, CHUNKS, SLICES)
@@ -314,18 +314,18 @@ def stream_linear_kernel(
     rows = tl.minimum(rows, M - 1).to(tl.int64)
 
     if PDL:
-        if WAITED:
+        if EARLY:
             # The next kernel may load its weights too.
             gdc_launch_dependents()
         else:
             prefetch_vector(b_ptr, pid * BLOCK_N, N, BLOCK_N)
-        if NORM is not None and not (WAITED and EARLY):
+        if NORM is not None and not (EARLY and KEPT):
             # Every program reads all of these: one asks for them.
             if pid == 0:
                 for i in tl.static_range(TILES):
                     prefetch_vector(norm_w_ptr, i * BLOCK_K, K, BLOCK_K)
                     prefetch_vector(norm_b_ptr, i * BLOCK_K, K, BLOCK_K)
-    if PDL and not WAITED:
+    if PDL and not EARLY:
         if LINES > 0:
             first_n = pid * BLOCK_N
             prefetch_weights(
@@ -336,7 +336,7 @@ def stream_linear_kernel(
                     gate_w_ptr, first_n, N, K, stride_gn, stride_gk, K_CONTIGUOUS, BLOCK_N, LINES
                 )
         gdc_wait()
-    if not (PDL and WAITED):
+    if not (PDL and EARLY):
         x = load_tiles(inputs, K, 0, AHEAD_X, TILES, BLOCK_K, WHOLE, "")
         add = load_tiles(added, K, 0, ADDED, TILES, BLOCK_K, WHOLE, "")
     w = load_tiles(weights, K, 0, AHEAD, TILES, BLOCK_K, WHOLE, "evict_first")
@@ -345,10 +345,10 @@ def stream_linear_kernel(
     b = load_vector(b_ptr, offs, offs < N)
     gate_b = load_vector(gate_b_ptr, offs, offs < N)
     affine = ()
-    if EARLY:
+    if KEPT:
         affine += load_vector_tiles(norm_w_ptr, K, 1.0, TILES, CHUNKS, SLICES)
         affine += load_vector_tiles(norm_b_ptr, K, 0.0, TILES, CHUNKS, SLICES)
-    if PDL and WAITED:
+    if PDL and EARLY:
         gdc_wait()
         x = load_tiles(inputs, K, 0, AHEAD_X, TILES, BLOCK_K, WHOLE, "")
         add = load_tiles(added, K, 0, ADDED, TILES, BLOCK_K, WHOLE, "")
