@@ -324,7 +324,7 @@ def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
     columns = min(3, len(cases))
     lines = -(-len(cases) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 7), 3.2 * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
+    axes = figure.subplots(lines, columns, squeeze=False).flat
     names = list(dict.fromkeys(name for c in cells for name in c["peers"] if name != OURS))
     for case, axis in zip(cases, axes, strict=False):
         for i, name in enumerate(names):
