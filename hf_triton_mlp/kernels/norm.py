@@ -5,16 +5,17 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
+from hf_triton_mlp.kernels.widen import widen
 
 
 @triton.jit
 def load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask):
     """x + add + add_bias at `offs` of one row, in float32; add and add_bias may be None."""
-    s = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    s = widen(tl.load(x_ptr + offs, mask=mask, other=0.0))
     if add_ptr is not None:
-        s += tl.load(add_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        s += widen(tl.load(add_ptr + offs, mask=mask, other=0.0))
     if add_bias_ptr is not None:
-        s += tl.load(add_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        s += widen(tl.load(add_bias_ptr + offs, mask=mask, other=0.0))
     return s
 
 

@@ -14,6 +14,7 @@ from hf_triton_mlp.kernels.norm import (
     statistics_of_values,
 )
 from hf_triton_mlp.kernels.prefetch import prefetch_vector, prefetch_weights
+from hf_triton_mlp.kernels.widen import widen
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def load_vector(ptr, offs, mask):
     if ptr is None:
         return tl.zeros(offs.shape, tl.float32)
     else:
-        return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        return widen(tl.load(ptr + offs, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -51,7 +52,7 @@ def products(x, w, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     for row in tl.static_range(ROWS):
         # Threads hold columns of x, all rows of them: this picks registers.
         x_row = tl.sum(tl.where(rows == row, x, 0.0), axis=0)
-        y_row = tl.sum(w.to(tl.float32) * x_row[None, :], axis=1)
+        y_row = tl.sum(widen(w) * x_row[None, :], axis=1)
         y = tl.where(rows == row, y_row[None, :], y)
     return y
 
@@ -202,7 +203,7 @@ def skinny_linear_kernel(
                 mean, rstd = statistics_at_once(s, first, mask_k, K, eps)
             else:
                 mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
-            x = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
+            x = (s - mean) * rstd * widen(scale) + widen(shift)
             x = tl.where(mask_k, x, 0.0)
         else:
             mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
@@ -214,7 +215,7 @@ def skinny_linear_kernel(
             mask=mask_m & mask_c,
         )
     elif ONE_BLOCK:
-        x = tl.load(x_ptr + in_row, mask=mask_k, other=0.0).to(tl.float32)
+        x = widen(tl.load(x_ptr + in_row, mask=mask_k, other=0.0))
 
     gated: tl.constexpr = gate_w_ptr is not None
     if ONE_BLOCK:
@@ -260,12 +261,12 @@ def skinny_linear_kernel(
                 x_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, in_row, mask_k)
                 x_k = tl.where(mask_k, x_k, 0.0)
             else:
-                x_k = tl.load(x_ptr + in_row, mask=mask_k, other=0.0).to(tl.float32)
-            acc += w.to(tl.float32) * x_k
+                x_k = widen(tl.load(x_ptr + in_row, mask=mask_k, other=0.0))
+            acc += widen(w) * x_k
             w = next_w
             if gated:
                 next_g = load_weights(g_rows, next_k, stride_gk, mask_n, K, EVICT)
-                gate_acc += g.to(tl.float32) * x_k
+                gate_acc += widen(g) * x_k
                 g = next_g
         y = tl.sum(acc, axis=1)[None, :] + b
         gate = gate_b
