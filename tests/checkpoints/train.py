@@ -20,8 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -30,6 +34,8 @@ from transformers import (
 )
 
 VOCABULARY, CONTEXT, HIDDEN, LAYERS, HEADS = 1024, 256, 128, 4, 4
+#: As many weights in a gated MLP as the others have, and no multiple of a kernel's block.
+GATED = 344
 PROMPT = "And the LORD said unto"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -61,11 +67,33 @@ def opt(post_norm: bool = False) -> PreTrainedModel:
     )  # fmt: skip
 
 
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, hidden_size=HIDDEN,
+            intermediate_size=GATED, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            num_key_value_heads=HEADS // 2, tie_word_embeddings=True, **IDS,
+        )
+    )  # fmt: skip
+
+
+def gemma() -> PreTrainedModel:
+    return GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=VOCABULARY, max_position_embeddings=CONTEXT, hidden_size=HIDDEN,
+            intermediate_size=GATED, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            num_key_value_heads=1, head_dim=HIDDEN // HEADS, **IDS,
+        )
+    )  # fmt: skip
+
+
 MODELS = {
     "gpt2": gpt2,
     "bloom": bloom,
     "opt-pre-norm": opt,
     "opt-post-norm": lambda: opt(post_norm=True),
+    "llama": llama,
+    "gemma": gemma,
 }
 
 
