@@ -1,26 +1,15 @@
 """patch_model: find the MLP of every decoder layer, check them all, then replace them all."""
 
 import fnmatch
-import importlib
 import math
-import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers.activations import (
-    GELUActivation,
-    GELUTanh,
-    NewGELUActivation,
-    QuickGELUActivation,
-    ReLUSquaredActivation,
-    SiLUActivation,
-)
 
 from hf_triton_mlp import proof
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
@@ -28,7 +17,6 @@ from hf_triton_mlp.launchers import plan_linear
 from hf_triton_mlp.mlp import (
     FusedLayer,
     MLPConfig,
-    Projections,
     TritonMLP,
     change_class,
     check_projections,
@@ -42,101 +30,13 @@ from hf_triton_mlp.reading import (
     read_parameters,
     read_projection,
 )
+from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short, specs
 from hf_triton_mlp.tuning import check_capability
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: The activation that a module computes, by its exact class. Patch modules add their own.
-ACTIVATION_CLASSES: dict[type[nn.Module], str] = {
-    GELUActivation: "gelu",
-    GELUTanh: "gelu_pytorch_tanh",
-    NewGELUActivation: "gelu_new",
-    QuickGELUActivation: "quick_gelu",
-    ReLUSquaredActivation: "relu2",
-    SiLUActivation: "silu",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-}
-
-
 #: How PyTorch, Triton and cuBLAS say that a GPU is full.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MLPSpec:
-    """Where a family's MLP is and what it computes; every path is relative to a decoder layer.
-
-    Classes are full names ("transformers.models.gpt2.modeling_gpt2.GPT2Block"), so that a family
-    whose module nobody imported costs nothing.
-
-    family: the name in reports (transformers' model_type).
-    layer_class: the decoder layer.
-    fused_layer: its short forward; None when only the MLP module is replaced.
-    attention: the module that a fused layer calls before its MLP.
-    mlp, mlp_class: the MLP module; None when the layer computes its MLP inline, and then up and
-        down are children of the layer, not of the MLP.
-    gate: the projection that the activation takes in a gated MLP.
-    activation: the activation module, a path from the layer.
-    activations: the family's own activation classes, by the name that they compute.
-    norm: the norm in front of the MLP, given the layer (post-norm layers take another one).
-    norm_kind, norm_class: what that norm computes, as in MLPConfig, and the class which does.
-    pre_norm: whether the residual is what enters that norm, given the layer.
-    refuse: the reason why this layer cannot be patched, or None.
-    """
-
-    family: str
-    layer_class: str
-    fused_layer: type[FusedLayer] | None = None
-    attention: str | None = None
-    mlp: str | None
-    mlp_class: str | None = None
-    up: str
-    down: str
-    gate: str | None = None
-    activation: str
-    activations: tuple[tuple[str, str], ...] = ()
-    norm: Callable[[Any], str] | None = None
-    norm_kind: str = "layer_norm"
-    norm_class: str = "torch.nn.modules.normalization.LayerNorm"
-    pre_norm: Callable[[Any], bool] = lambda layer: True
-    refuse: Callable[[Any], str | None] = lambda layer: None
-
-    def projections(self, layer: nn.Module) -> Projections:
-        """The up, gate and down projection of a layer, patched or not."""
-        owner = layer if self.mlp is None else layer.get_submodule(self.mlp)
-        gate = None if self.gate is None else owner.get_submodule(self.gate)
-        return owner.get_submodule(self.up), gate, owner.get_submodule(self.down)
-
-    @property
-    def depths(self) -> tuple[str, ...]:
-        """How much of a layer can be replaced, the most first."""
-        layer = () if self.fused_layer is None else ("layer",)
-        return layer if self.mlp is None else (*layer, "mlp")
-
-
-def full_name(cls: type) -> str:
-    """A class as MLPSpec names it."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
-@lru_cache(maxsize=1)
-def specs() -> tuple[MLPSpec, ...]:
-    """The specs of all supported families, from the modules of hf_triton_mlp.patches."""
-    try:
-        package = importlib.import_module("hf_triton_mlp.patches")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "hf_triton_mlp.patches is missing: this checkout is not installed; "
-            "run `pip install -e .` in it"
-        ) from error
-    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
-    return tuple(spec for module in modules for spec in module.SPECS)
 
 
 @dataclass(frozen=True)
@@ -288,7 +188,7 @@ def _supported_layers(model: nn.Module) -> list[tuple[str, nn.Module, MLPSpec]]:
     """_decoder_layers; ValueError when there is none."""
     found = list(_decoder_layers(model))
     if not found:
-        supported = ", ".join(f"{spec.family} ({_short(spec.layer_class)})" for spec in specs())
+        supported = ", ".join(f"{spec.family} ({short(spec.layer_class)})" for spec in specs())
         raise ValueError(
             f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports; "
             f"supported: {supported}"
@@ -355,12 +255,12 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
     depth = _depth(spec, depth)
     if depth == "mlp" and spec.mlp is None:
         raise ValueError(
-            f"{name}: {_short(spec.layer_class)} computes its MLP inline, so there is no module "
+            f"{name}: {short(spec.layer_class)} computes its MLP inline, so there is no module "
             f'to replace; use depth="layer"'
         )
     if full_name(type(layer)) != spec.layer_class:
         raise ValueError(
-            f"{name} is a {type(layer).__name__}, a subclass of {_short(spec.layer_class)} whose "
+            f"{name} is a {type(layer).__name__}, a subclass of {short(spec.layer_class)} whose "
             "forward may differ; supported is the class itself"
         )
     reason = spec.refuse(layer)
@@ -372,7 +272,7 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         if full_name(type(mlp)) != spec.mlp_class:
             raise ValueError(
                 f"{name}.{spec.mlp} is a {type(mlp).__name__}; "
-                f"supported: {_short(spec.mlp_class or '')}"
+                f"supported: {short(spec.mlp_class or '')}"
             )
         _check_forward(f"{name}.{spec.mlp}", mlp)
 
@@ -450,10 +350,7 @@ def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module | None) ->
 
 def _activation_name(spec: MLPSpec, name: str, layer: nn.Module) -> str:
     activation = _get(layer, spec.activation)
-    if type(activation) is nn.GELU:
-        return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
-    cls = type(activation)
-    known = ACTIVATION_CLASSES.get(cls) or dict(spec.activations).get(full_name(cls))
+    known = activation_name(activation, spec.activations)
     if known is None:
         raise ValueError(
             f"{name}: unknown activation {type(activation).__name__}; "
