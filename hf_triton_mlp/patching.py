@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hf_triton_mlp import proof
+from hf_triton_mlp import proof, structure
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
 from hf_triton_mlp.mlp import (
@@ -43,8 +43,10 @@ NO_MEMORY = ("out of memory", "ALLOC_FAILED")
 class PatchRow:
     """One decoder layer in a PatchReport; `reason` says why it was not replaced or not fused.
 
-    verified: "yes", or "no" where nothing was compared: without verify, on the meta device, where
-    parts are called, not read, and where there was no memory for a wider copy of a layer.
+    In a model of which no spec names a layer it is the MLP itself, found by its structure.
+
+    verified: "yes", "yes, by structure", or "no" where nothing was compared: without verify, on the
+    meta device, where parts are called, not read, and where there was no memory for a wider copy.
     """
 
     layer: str
@@ -100,11 +102,12 @@ def patch_model(
     depth: "layer" fuses attention residual, norm, MLP and residual into one call, where the family
     has such a layer (`patch_report` says it); "mlp" replaces the MLP module alone.
     verify: compare one layer of each kind with the original first, on a random token: a copy of it
-    without its attention, in the model's dtype and in a wider one.
+    without its attention, in the model's dtype and in a wider one. In a model of which no family's
+    spec names a layer, the MLPs found by their structure are replaced if they pass, and only then.
 
     Weights are moved, not copied; state_dict keys stay as they are. Every layer is checked before
     any is replaced, so that an error leaves the model as it was. Layers that are already patched
-    stay as they are.
+    stay as they are, and so do mixture-of-experts MLPs.
 
     Raises ValueError when no layer is supported, or a layer cannot be patched faithfully (when
     verified, with more than twice torch's own error), and
@@ -112,14 +115,23 @@ def patch_model(
     """
     if depth not in ("layer", "mlp"):
         raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
-    found = _supported_layers(model)
-    chosen = _select([name for name, _, _ in found], include, exclude)
+    found = _supported_layers(model, search=verify)
+    names = _select([name for name, _, _ in found], include, exclude)
+    chosen = [each for each in found if each[0] in names and _experts(*each[1:]) is None]
+    if not chosen:
+        raise ValueError(
+            "include and exclude leave no layer to patch: mixture-of-experts MLPs are not supported"
+        )
     swaps = [
         _check_layer(spec, name, layer, depth)
-        for name, layer, spec in found
-        if name in chosen and not _is_patched(name, layer, spec, depth)
+        for name, layer, spec in chosen
+        if not _is_patched(name, layer, spec, depth)
     ]
     verified = _verify(swaps) if verify else set()
+    proven = [swap for swap in swaps if swap.name in verified or not _by_structure(swap.spec)]
+    if not proven and len(swaps) == len(chosen):
+        raise _not_supported(model, found)
+    swaps = proven
     try:
         for swap in swaps:
             _install(swap).verified = swap.name in verified
@@ -132,7 +144,7 @@ def patch_model(
 
 def unpatch_model(model: Model) -> Model:
     """Put the original modules and classes back, the same objects; returns `model`."""
-    for _, layer, spec in _decoder_layers(model):
+    for _, layer, spec in list(_decoder_layers(model)):
         _uninstall(layer, spec)
     return model
 
@@ -152,20 +164,22 @@ def patched(
     try:
         yield model
     finally:
-        for _, layer, spec in _decoder_layers(model):
+        for _, layer, spec in list(_decoder_layers(model)):
             if layer not in before:
                 _uninstall(layer, spec)
 
 
 def patch_report(model: nn.Module) -> PatchReport:
     """What is replaced in `model` right now, and why the rest is not."""
-    return PatchReport(tuple(_row(*found) for found in _decoder_layers(model)))
+    return PatchReport(tuple(_row(*found) for found in _decoder_layers(model, search=True)))
 
 
 def mlp_configs(model: nn.Module) -> list[MLPConfig]:
     """The different MLPs of an unpatched model; raises ValueError as patch_model does."""
     swaps = [
-        _check_layer(spec, name, layer, "layer") for name, layer, spec in _supported_layers(model)
+        _check_layer(spec, name, layer, "layer")
+        for name, layer, spec in _supported_layers(model)
+        if _experts(layer, spec) is None
     ]
     return list(dict.fromkeys(swap.config for swap in swaps))
 
@@ -173,27 +187,71 @@ def mlp_configs(model: nn.Module) -> list[MLPConfig]:
 # --- find -------------------------------------------------------------------------------------
 
 
-def _decoder_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, MLPSpec]]:
-    """Every layer of a supported class in `model`, patched or not, with its qualified name."""
+def _decoder_layers(
+    model: nn.Module, search: bool = False
+) -> Iterator[tuple[str, nn.Module, MLPSpec]]:
+    """Every layer of a supported class in `model`, patched or not, with its qualified name.
+
+    Also every mixture-of-experts MLP, and every MLP that was found by its structure and patched.
+    search: where no layer is of a supported class, find the others by their structure too.
+    """
     by_class = {spec.layer_class: spec for spec in specs()}
+
+    def of_family(module: nn.Module) -> MLPSpec | None:
+        found = (by_class.get(full_name(cls)) for cls in type(module).__mro__)
+        return next((spec for spec in found if spec is not None), None)
+
+    search = search and all(of_family(module) is None for module in model.modules())
+    inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        for cls in type(module).__mro__:
-            spec = by_class.get(full_name(cls))
-            if spec is not None:
-                yield name, module, spec
-                break
+        if module in inside:
+            continue
+        spec = of_family(module)
+        if spec is None and isinstance(module, structure.FoundMLP):
+            spec = module.spec
+        if spec is None and structure.has_experts(module):
+            spec = structure.experts_spec(module)
+        if spec is None and search and "experts" not in name.split("."):
+            spec = structure.read_mlp(module)
+        if spec is not None:
+            yield name, module, spec
+            inside.update((_mlp(module, spec) or module).modules())
 
 
-def _supported_layers(model: nn.Module) -> list[tuple[str, nn.Module, MLPSpec]]:
-    """_decoder_layers; ValueError when there is none."""
-    found = list(_decoder_layers(model))
-    if not found:
-        supported = ", ".join(f"{spec.family} ({short(spec.layer_class)})" for spec in specs())
-        raise ValueError(
-            f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports; "
-            f"supported: {supported}"
-        )
+def _supported_layers(
+    model: nn.Module, search: bool = True
+) -> list[tuple[str, nn.Module, MLPSpec]]:
+    """_decoder_layers; ValueError when there is none that can be patched."""
+    found = list(_decoder_layers(model, search))
+    if all(_experts(layer, spec) for _, layer, spec in found):
+        raise _not_supported(model, found)
     return found
+
+
+def _not_supported(model: nn.Module, found: Iterable[tuple[str, nn.Module, MLPSpec]]) -> ValueError:
+    experts = dict.fromkeys(_experts(layer, spec) for _, layer, spec in found)
+    names = ", ".join(name for name in experts if name is not None)
+    reason = names and f"; mixture-of-experts MLPs ({names}) are not supported"
+    supported = ", ".join(f"{spec.family} ({short(spec.layer_class)})" for spec in specs())
+    return ValueError(
+        f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports{reason}; "
+        f"supported: {supported}"
+    )
+
+
+def _mlp(layer: nn.Module, spec: MLPSpec) -> nn.Module | None:
+    """The MLP module of a layer; where it has none there is one only while it is patched."""
+    return layer if spec.mlp == "" else layer._modules.get(spec.mlp or "mlp")
+
+
+def _experts(layer: nn.Module, spec: MLPSpec) -> str | None:
+    """The class of a layer's mixture-of-experts MLP, which is left alone; None for another MLP."""
+    mlp = _mlp(layer, spec)
+    return type(mlp).__name__ if mlp is not None and structure.has_experts(mlp) else None
+
+
+def _by_structure(spec: MLPSpec) -> bool:
+    return spec.family == structure.BY_STRUCTURE
 
 
 def _select(
@@ -227,7 +285,7 @@ def _select(
 
 
 def _triton_mlp(layer: nn.Module, spec: MLPSpec) -> TritonMLP | None:
-    mlp = layer._modules.get(spec.mlp or "mlp")
+    mlp = _mlp(layer, spec)
     return mlp if isinstance(mlp, TritonMLP) else None
 
 
@@ -372,13 +430,21 @@ def _get(layer: nn.Module, path: str) -> Any:
 def _verify(swaps: list[_Swap]) -> set[str]:
     """The layers whose patch computes what they do, shown by the first of each kind.
 
-    Those that cannot be shown are left out; ValueError for one that computes something else.
+    Those that cannot be shown are left out; ValueError for one that computes something else, unless
+    it was a guess, by structure.
     """
     readable = [swap for swap in swaps if _readable(swap)]
     first: dict[Any, _Swap] = {}
     for swap in readable:
         first.setdefault(swap.kind, swap)
-    proven = {kind for kind, swap in first.items() if _prove(swap)}
+    proven = set()
+    for kind, swap in first.items():
+        try:
+            if _prove(swap):
+                proven.add(kind)
+        except ValueError:
+            if not _by_structure(swap.spec):
+                raise
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # the copies may have been large
     return {swap.name for swap in readable if swap.kind in proven}
@@ -457,7 +523,10 @@ def _adopt(swap: _Swap, mlp: Any) -> TritonMLP:
     spec = swap.spec
     norm_class = _norm_class(spec) if swap.depth == "layer" else None
     names = {"up": spec.up, "gate": spec.gate, "down": spec.down}
-    stand_in(TritonMLP, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
+    kind = structure.FoundMLP if _by_structure(spec) else TritonMLP
+    stand_in(kind, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
+    if isinstance(mlp, structure.FoundMLP):
+        mlp.spec = spec
     return mlp
 
 
@@ -478,14 +547,18 @@ def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
 
 
 def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
-    up, gate, down = spec.projections(layer)
-    weight = next(up.parameters(), None)
+    experts = _experts(layer, spec)
+    up, gate, down = (None, None, None) if experts else spec.projections(layer)
+    weight = next((up or _mlp(layer, spec) or layer).parameters(), None)
     dtype = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
     device = "-" if weight is None else str(weight.device)
     mlp = _triton_mlp(layer, spec)
-    if mlp is None:
-        return PatchRow(name, "-", dtype, device, "-", "-", "not patched")
+    if mlp is None or up is None or down is None:
+        reason = f"mixture of experts ({experts})" if experts else "not patched"
+        return PatchRow(name, "-", dtype, device, "-", "-", reason)
     verified = "yes" if mlp.verified else "no"
+    if _by_structure(spec):
+        verified += ", by structure"
     fused = isinstance(layer, FusedLayer)
     replaced = "attention residual + norm + MLP + residual" if fused else "MLP"
     read = read_projection(up)
