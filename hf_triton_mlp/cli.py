@@ -22,7 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hf_triton_mlp
-from hf_triton_mlp import autotune, bench, tuning, validation
+from hf_triton_mlp import autotune, bench, support, tuning, validation
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.measure import CASES
 from hf_triton_mlp.patching import patch_model, patch_report, specs
@@ -226,7 +226,7 @@ def bench_mlp(
 
 @app.command()
 def info() -> None:
-    """Versions, the device, and the architectures that can be patched."""
+    """Versions, the device, and what can be patched: families, and every causal language model."""
     with _errors_in_one_line():
         versions = Table("package", "version")
         versions.add_row("python", platform.python_version())
@@ -249,6 +249,16 @@ def info() -> None:
             table.add_row(spec.family, layer, owner + ", ".join(names), ", ".join(spec.depths))
         console.print(table)
         console.print("activations:", ", ".join(ACTIVATIONS))
+        with _progress("looking at every causal language model of transformers"):
+            every = support.every_support()
+        table = Table("model type", "patched", "by", title="causal language models")
+        for each in every:
+            table.add_row(each.model_type, each.kind, escape(each.detail))
+        console.print(table)
+        for kind in (*support.KINDS, "unknown"):
+            count = sum(each.kind == kind for each in every)
+            if count:
+                console.print(f"{kind}: {count} of {len(every)}", highlight=False)
 
 
 @contextmanager
