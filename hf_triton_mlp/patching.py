@@ -215,7 +215,8 @@ def _decoder_layers(
             spec = structure.read_mlp(module)
         if spec is not None:
             yield name, module, spec
-            inside.update((_mlp(module, spec) or module).modules())
+            mlp = _mlp(module, spec)
+            inside.update(() if mlp is None else mlp.modules())
 
 
 def _supported_layers(
@@ -549,7 +550,8 @@ def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
 def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     experts = _experts(layer, spec)
     up, gate, down = (None, None, None) if experts else spec.projections(layer)
-    weight = next((up or _mlp(layer, spec) or layer).parameters(), None)
+    owner = _mlp(layer, spec) if up is None else up
+    weight = None if owner is None else next(owner.parameters(), None)
     dtype = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
     device = "-" if weight is None else str(weight.device)
     mlp = _triton_mlp(layer, spec)

@@ -40,7 +40,9 @@ class FoundMLP(TritonMLP):
 
     spec: MLPSpec
 
-    def forward(self, *args: Tensor, **named: Tensor) -> Tensor:  # pyright: ignore
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *args: Tensor, **named: Tensor
+    ) -> Tensor:
         """MLP(x), called as the original may be: its argument has a name that is not known here."""
         (input,) = (*args, *named.values())
         return super().forward(input)

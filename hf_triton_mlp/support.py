@@ -4,6 +4,7 @@ Each model type is built from its config's defaults on the meta device, and look
 `python -m hf_triton_mlp.support README.md` writes the table in the README anew.
 """
 
+import copy
 import itertools
 import re
 import sys
@@ -30,6 +31,7 @@ KINDS = (
     "dense MLPs only",
     "mixture of experts",
     "unsupported activation",
+    "refused",
     "MLP of another form",
     "MLP not in one module",
     "no MLP",
@@ -128,7 +130,7 @@ def build(model_type: str) -> nn.Module:
 
 
 def _default(model_type: str) -> PretrainedConfig:
-    return CONFIG_MAPPING[model_type](**NEEDED.get(model_type, {}))
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(NEEDED.get(model_type, {})))
 
 
 def _completed(model_type: str) -> PretrainedConfig:
@@ -155,7 +157,8 @@ def classify(model: nn.Module) -> tuple[str, str]:
         try:
             patching._check_layer(spec, name, layer, "layer")
         except ValueError as error:
-            return "unsupported activation", str(error)
+            unknown = "unknown activation" in str(error)
+            return "unsupported activation" if unknown else "refused", str(error)
     names = _names([type(layer).__name__ for _, layer, _ in dense])
     if experts:
         kinds = f"{len(dense)} of {len(found)}, {names}; not {_names(experts)}"

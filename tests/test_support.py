@@ -3,8 +3,10 @@
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_models as tiny
 import transformers
 from test_cli import run
 
@@ -43,6 +45,19 @@ def test_every_model_type_is_classified() -> None:
 def test_support(model_type: str, kind: str, detail: str) -> None:
     [found] = [each for each in every_support() if each.model_type == model_type]
     assert (found.kind, found.detail) == (kind, detail)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kind"),
+    [
+        ("gpt2", {"activation_function": "tanh"}, "unsupported activation"),
+        ("bloom", {"pretraining_tp": 2, "slow_but_exact": True}, "refused"),
+        ("opt", {}, "fused layer"),
+        ("olmo2", {}, "MLP"),
+    ],
+)
+def test_other_configs(family: str, changes: dict[str, Any], kind: str) -> None:
+    assert support.classify(tiny.build(family, **changes))[0] == kind
 
 
 def test_what_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
