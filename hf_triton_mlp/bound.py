@@ -45,10 +45,14 @@ class DecodeMLP:
     def __init__(self, up: Tensor) -> None:
         self.intermediate, self.hidden = up.shape
         self.device_index, self.dtype = up.device.index, up.dtype
-        self._bound: dict[tuple[int, bool, bool], BoundLaunches] = {}
+        self._bound: dict[tuple[int, bool, bool, bool], BoundLaunches] = {}
 
-    def __call__(self, input: Tensor, residual: Tensor | None, early: bool) -> Tensor | None:
+    def __call__(
+        self, input: Tensor, residual: Tensor | None, early: bool, normed: Tensor | None = None
+    ) -> Tensor | None:
         """The MLP of input (…, H), with a norm of input + residual, plus the residual.
+
+        Given `normed`, the MLP of that, plus input and residual.
 
         None when no launches are bound for such a call: another number of rows, tensors that are
         not contiguous or not aligned, another current device, a profiler that wants to see
@@ -56,13 +60,15 @@ class DecodeMLP:
         """
         x = input.data_ptr()
         r = None if residual is None else residual.data_ptr()
+        u = None if normed is None else normed.data_ptr()
         M = input.numel() // self.hidden
-        bound = self._bound.get((M, r is None, early))
+        bound = self._bound.get((M, r is None, u is None, early))
         if (
             bound is None
-            or (x | (r or 0)) % 16
+            or (x | (r or 0) | (u or 0)) % 16
             or not input.is_contiguous()
             or (residual is not None and not residual.is_contiguous())
+            or (normed is not None and not normed.is_contiguous())
             or torch._C._cuda_getDevice() != self.device_index
             or runtime.launch_enter_hook.calls
             or runtime.launch_exit_hook.calls
@@ -73,7 +79,8 @@ class DecodeMLP:
         # torch.cuda.caching_allocator_alloc without its checks: half the time of a tensor.
         work = torch._C._cuda_cudaCachingAllocator_raw_alloc(bound.work_bytes, stream)
         try:
-            addresses = (x, r or 0, out.data_ptr(), *[work + offset for offset in bound.offsets])
+            places = [work + offset for offset in bound.offsets]
+            addresses = (x, r or 0, u or 0, out.data_ptr(), *places)
             for launch_again in bound.launches:
                 launch_again(stream, addresses)
         finally:
@@ -84,6 +91,7 @@ class DecodeMLP:
         self,
         input: Tensor,
         residual: Tensor | None,
+        normed: Tensor | None,
         up: tuple[Tensor, Tensor | None],
         gate: tuple[Tensor | None, Tensor | None],
         down: tuple[Tensor, Tensor | None],
@@ -95,23 +103,25 @@ class DecodeMLP:
     ) -> None:
         """Bind the launches for calls with as many rows as these tensors have, if few.
 
-        norm: (kind, weight, bias, eps) in front of the MLP or None; carry_normed as in `Norm`;
-        early: as in `TritonMLP.forward`.
+        norm: (kind, weight, bias, eps) in front of the MLP or None, as it is with `normed`;
+        carry_normed as in `Norm`; early: as in `TritonMLP.forward`.
         """
         M = input.numel() // self.hidden
-        if (M, residual is None, early) in self._bound:
+        key = M, residual is None, normed is None, early
+        if key in self._bound:
             return
-        for tensor in (input, residual):
+        for tensor in (input, residual, normed):
             if tensor is not None and (tensor.data_ptr() % 16 or not tensor.is_contiguous()):
                 return
         if not 0 < M <= DECODE_ROWS:
             return
         x = input.view(M, self.hidden)
         r = None if residual is None else residual.view(M, self.hidden)
+        u = None if normed is None else normed.view(M, self.hidden)
         with on_device(x):
-            carry, normed, out = (torch.empty_like(x) for _ in range(3))
+            carry, norm_of_x, out = (torch.empty_like(x) for _ in range(3))
             hidden = x.new_empty((M, self.intermediate))
-            work = [carry, normed, hidden]
+            work = [carry, norm_of_x, hidden]
             up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
             down_plan = plan_linear(M, down[0])
             calls: list[Launch] = []
@@ -134,20 +144,23 @@ class DecodeMLP:
                 work.append(parts)
                 calls.extend(split_launches(plan, source, *linear, *rest, parts))
 
-            source, before, summands, carried = x, None, NO_SUMMANDS, r
+            source, before, summands, carried = x, None, NO_SUMMANDS, Summands(r)
+            if u is not None:
+                source, carried = u, Summands(x, r)
             if norm is not None:
-                before, summands, carried = Norm(*norm, carry, carry_normed), Summands(r), carry
+                before, summands = Norm(*norm, carry, carry_normed), Summands(r)
+                carried = Summands(carry)
                 if not up_plan.fuses_norm:
-                    source = carry if carry_normed else normed
+                    source = carry if carry_normed else norm_of_x
                     calls.append(norm_launch(x, r, None, before, source, pdl=up_plan.pdl))
                     before, summands = None, NO_SUMMANDS
             add(up_plan, source, up, gate, activation, before, summands, hidden)
-            add(down_plan, hidden, down, (None, None), None, None, Summands(carried), out)
+            add(down_plan, hidden, down, (None, None), None, None, carried, out)
             offsets = [0]
             for tensor in work:
                 offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)
-            moving = (x, r, out, *work)
-            self._bound[M, r is None, early] = BoundLaunches(
+            moving = (x, r, u, out, *work)
+            self._bound[key] = BoundLaunches(
                 tuple([bind(call, moving) for call in calls]), offsets.pop(), tuple(offsets)
             )
 

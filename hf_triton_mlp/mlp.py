@@ -1,5 +1,6 @@
 """TritonMLP: an MLP, alone or in a model's layer, with its norm and residuals in fused kernels."""
 
+import inspect
 import math
 import types
 import warnings
@@ -99,6 +100,26 @@ class FusedLayer(StandIn):
     """A decoder layer with a short forward: its second half is one TritonMLP call."""
 
     mlp: Any
+
+    #: The original's arguments after hidden_states: which there are depends on the version.
+    argument_names: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.original_class is not None:
+            parameters = list(inspect.signature(cls.original_class.forward).parameters.values())
+            named = [p.name for p in parameters[2:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+            cls.argument_names = tuple(named)
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments after hidden_states by name, and an attention mask in any case."""
+        by_name = dict(zip(self.argument_names, args, strict=False))
+        return {"attention_mask": None, **by_name, **kwargs}
+
+    def known(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`named`, for an original that takes more keywords than it hands on."""
+        named = self.named(args, kwargs)
+        return {name: named[name] for name in self.argument_names if name in named}
 
 
 @cache
@@ -332,10 +353,10 @@ class TritonMLP(StandIn):
         Raises TypeError for integer or complex inputs and other dtypes than the weights', and
         ValueError for another hidden size or device than the weights'.
         """
-        if not torch.compiler.is_compiling() and residual_norm is None and bias is None:
+        if not torch.compiler.is_compiling() and bias is None:
             output = None
             if self._is_bound(input, norm, projections):
-                output = self._decode(input, residual, early)
+                output = self._decode(input, residual, residual_norm, early)
             if output is not None:
                 return output
         check_floating(input)
@@ -370,7 +391,7 @@ class TritonMLP(StandIn):
         elif residual_norm is None:
             output = self._gelu_gemm(input, weights, residual)
         else:
-            return self._gelu_gemm(residual_norm, weights, input, residual, bias)
+            output = self._gelu_gemm(residual_norm, weights, input, residual, bias)
         if (
             bias is None
             and not torch.compiler.is_compiling()
@@ -379,14 +400,19 @@ class TritonMLP(StandIn):
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch.cuda.is_current_stream_capturing()
         ):
-            self._bind(input, residual, weights, norm, projections, early)
+            self._bind(input, residual, residual_norm, weights, norm, projections, early)
         return output
 
     def fuse(
-        self, input: Tensor, norm: nn.Module, projections: Projections | None = None
-    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        self,
+        input: Tensor,
+        norm: nn.Module | None = None,
+        projections: Projections | None = None,
+    ) -> Callable[..., Tensor] | None:
         """The rest of a layer as a function of (attention's output, residual) like this input.
 
+        Without `norm`, of (attention's output, residual, normed): MLP(normed) + both, for a layer
+        whose MLP runs beside its attention, and which calls its norms itself.
         A layer asks before its attention, whose kernels then lie between these and whoever wrote
         the weights. None: the layer has to run its original forward, as on the CPU, in training,
         with gradients, and where hooks or adapters expect to see the layer's parts called.
@@ -401,10 +427,13 @@ class TritonMLP(StandIn):
                 assert not self.proving, "only what is read can be proven"
                 return None
 
-        def finish(attention: Tensor, residual: Tensor | None) -> Tensor:
-            output = self._decode(attention, residual, True) if bound else None
+        def finish(
+            attention: Tensor, residual: Tensor | None, normed: Tensor | None = None
+        ) -> Tensor:
+            output = self._decode(attention, residual, normed, True) if bound else None
             if output is None:
-                return self(attention, residual, norm=norm, projections=projections, early=True)
+                rest = {"norm": norm, "projections": projections, "early": True}
+                return self(attention, residual, normed, **rest)
             return output
 
         return finish
@@ -434,11 +463,13 @@ class TritonMLP(StandIn):
     ) -> list[nn.Module | None]:
         return [*self._modules.values(), norm, *(projections or ())]
 
-    def _decode(self, input: Tensor, residual: Tensor | None, early: bool) -> Tensor | None:
+    def _decode(
+        self, input: Tensor, residual: Tensor | None, residual_norm: Tensor | None, early: bool
+    ) -> Tensor | None:
         """The output by bound launches, which `_is_bound`; None if there are none for this call."""
         assert self._bound is not None
         launches = self._bound.launches
-        for tensor in (input, residual):
+        for tensor in (input, residual, residual_norm):
             if tensor is not None and (
                 type(tensor) is not Tensor
                 or tensor.dtype is not launches.dtype
@@ -448,12 +479,13 @@ class TritonMLP(StandIn):
                 return None
         if input.shape[-1] != launches.hidden:
             return None
-        return launches(input, residual, early)
+        return launches(input, residual, early, residual_norm)
 
     def _bind(
         self,
         input: Tensor,
         residual: Tensor | None,
+        residual_norm: Tensor | None,
         weights: MLPWeights,
         norm: nn.Module | None,
         projections: Projections | None,
@@ -470,6 +502,7 @@ class TritonMLP(StandIn):
         self._bound.launches.bind(
             input,
             residual,
+            residual_norm,
             (weights.up, weights.up_bias),
             (weights.gate, weights.gate_bias),
             (weights.down, weights.down_bias),

@@ -362,9 +362,10 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
     return _Swap(spec, name, layer, config, depth)
 
 
-def _norm(spec: MLPSpec, layer: nn.Module) -> nn.Module:
-    assert spec.norm is not None, "a fused layer has a norm in front of its MLP"
-    return layer.get_submodule(spec.norm(layer))
+def _norm(spec: MLPSpec, layer: nn.Module) -> nn.Module | None:
+    """The norm that a fused layer leaves to its TritonMLP."""
+    name = None if spec.norm is None else spec.norm(layer)
+    return None if name is None else layer.get_submodule(name)
 
 
 def _norm_class(spec: MLPSpec) -> type[nn.Module] | None:
@@ -461,8 +462,9 @@ def _readable(swap: _Swap) -> bool:
     if swap.depth == "mlp":
         return proof.can_run(layer.get_submodule(spec.mlp or ""), None)
     norm, norm_class = _norm(spec, layer), _norm_class(spec)
-    if norm_class is None or not is_plain(norm, norm_class) or read_parameters(norm) is None:
-        return False
+    if norm is not None:
+        if norm_class is None or not is_plain(norm, norm_class) or read_parameters(norm) is None:
+            return False
     return proof.can_run(layer, spec.attention)
 
 
@@ -562,15 +564,16 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if _by_structure(spec):
         verified += ", by structure"
     fused = isinstance(layer, FusedLayer)
-    replaced = "attention residual + norm + MLP + residual" if fused else "MLP"
+    norm = _norm(spec, layer) if fused else None
+    before = "attention" if norm is None else "attention residual + norm"
+    replaced = f"{before} + MLP + residual" if fused else "MLP"
     read = read_projection(up)
     called = [
         f"{path} ({type(module).__name__})"
         for path, module in ((spec.up, up), (spec.gate, gate), (spec.down, down))
         if module is not None and read_projection(module) is None
     ]
-    if fused:
-        norm = _norm(spec, layer)
+    if norm is not None:
         if not is_plain(norm, mlp.norm_class) or read_parameters(norm) is None:
             called.append(f"{spec.norm and spec.norm(layer)} ({type(norm).__name__})")
     called += [

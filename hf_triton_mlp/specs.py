@@ -77,7 +77,8 @@ class MLPSpec:
     gate: the projection that the activation takes in a gated MLP.
     activation: the activation module, a path from the layer.
     activations: the family's own activation classes, by the name that they compute.
-    norm: the norm in front of the MLP, given the layer (post-norm layers take another one).
+    norm: the norm in front of the MLP, given the layer (post-norm layers take another one); None
+        where a fused layer calls its norms itself.
     norm_kind, norm_class: what that norm computes, as in MLPConfig, and the class which does.
     pre_norm: whether the residual is what enters that norm, given the layer.
     refuse: the reason why this layer cannot be patched, or None.
@@ -94,7 +95,7 @@ class MLPSpec:
     gate: str | None = None
     activation: str
     activations: tuple[tuple[str, str], ...] = ()
-    norm: Callable[[Any], str] | None = None
+    norm: Callable[[Any], str | None] | None = None
     norm_kind: str = "layer_norm"
     norm_class: str = "torch.nn.modules.normalization.LayerNorm"
     pre_norm: Callable[[Any], bool] = _pre_norm

@@ -1,6 +1,5 @@
 """Llama, and the families whose decoder layers or MLPs are Llama's under other names."""
 
-import inspect
 from typing import Any
 
 from torch import Tensor
@@ -16,22 +15,12 @@ class FusedLlamaDecoderLayer(FusedLayer):
     self_attn: Any
     post_attention_layernorm: Any
 
-    #: The original's arguments after hidden_states: which there are depends on the version.
-    argument_names: tuple[str, ...] = ()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        assert cls.original_class is not None
-        cls.argument_names = tuple(inspect.signature(cls.original_class.forward).parameters)[2:]
-
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rest = self.mlp.fuse(hidden_states, self.post_attention_layernorm)
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
-        named = dict(zip(self.argument_names, args, strict=False))
         attention, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            **{"attention_mask": None, **named, **kwargs},
+            hidden_states=self.input_layernorm(hidden_states), **self.named(args, kwargs)
         )
         return rest(attention, hidden_states)
 
