@@ -7,6 +7,9 @@ from transformers.pytorch_utils import Conv1D
 #: What norms name the number that they add to the variance.
 EPSILONS = ("eps", "variance_epsilon")
 
+#: Subclasses of nn.Linear that compute what it does; by name, so that no family is imported.
+LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether the instance's forward is not its class's (a monkeypatch, or accelerate's hooks).
@@ -34,7 +37,7 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
     """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
-    weight, bias = module.weight, getattr(module, "bias", None)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     plain = (nn.Parameter, Tensor, type(None))
     if type(weight) not in plain or type(bias) not in plain:
         return None
@@ -43,12 +46,14 @@ def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | 
 
 def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """(weight as (out, in), bias) of a plain nn.Linear or Conv1D; None if it must be called."""
-    if not is_plain(module, nn.Linear, Conv1D):
+    cls = type(module)
+    known = cls in (nn.Linear, Conv1D) or f"{cls.__module__}.{cls.__qualname__}" in LINEARS
+    if not known or not is_plain(module, cls):
         return None
     read = read_parameters(module)
     if read is None or read[0] is None:
         return None
-    return read[0] if type(module) is nn.Linear else read[0].t(), read[1]
+    return read[0].t() if cls is Conv1D else read[0], read[1]
 
 
 def read_epsilon(norm: nn.Module) -> float | None:

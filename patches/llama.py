@@ -60,8 +60,6 @@ MLPS = (
     ("blt", "BltTransformerLayer", "BltMLP"),
     ("chameleon", "ChameleonDecoderLayer", "ChameleonMLP"),
     ("chameleon", "ChameleonSwinDecoderLayer", "ChameleonMLP"),
-    ("cohere", "CohereDecoderLayer", "CohereMLP"),
-    ("cohere2", "Cohere2DecoderLayer", "Cohere2MLP"),
     ("cohere_compass", "CohereCompassDecoderLayer", "CohereCompassMLP"),
     ("emu3", "Emu3DecoderLayer", "Emu3MLP"),
     ("evolla", "EvollaDecoderLayer", "EvollaMLP"),

@@ -1,4 +1,4 @@
-"""OPT: fc1 and fc2 sit on the layer itself; pre-norm, and post-norm in the 350m model."""
+"""OPT, BioGPT, XGLM: fc1 and fc2 sit on the layer itself; OPT-350m is post-norm."""
 
 from typing import Any
 
@@ -17,27 +17,23 @@ class FusedOPTDecoderLayer(FusedLayer):
     fc1: Any
     fc2: Any
     activation_fn: Any
-    do_layer_norm_before: bool
+    do_layer_norm_before: bool = True
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        *others: Any,
-        **kwargs: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        named = self.named(args, kwargs)
+        named.pop("use_cache", None)
+        named.pop("encoder_attention_mask", None)
+        crossed = named.pop("encoder_hidden_states", None) is not None
         before = self.do_layer_norm_before
         norm = self.final_layer_norm if before else self.self_attn_layer_norm
         rest = None
-        if not others and self.mlp.has_activation(self.activation_fn):
+        if not crossed and self.mlp.has_activation(self.activation_fn):
             rest = self.mlp.fuse(hidden_states, norm, (self.fc1, None, self.fc2))
         if rest is None:
-            return super().forward(hidden_states, attention_mask, *others, **kwargs)
-        kwargs.pop("use_cache", None)
+            return super().forward(hidden_states, *args, **kwargs)
         attention, _ = self.self_attn(
             hidden_states=self.self_attn_layer_norm(hidden_states) if before else hidden_states,
-            attention_mask=attention_mask,
-            **kwargs,
+            **named,
         )
         output = rest(attention, hidden_states)
         return output if before else self.final_layer_norm(output)
@@ -57,5 +53,19 @@ SPECS = (
             "final_layer_norm" if layer.do_layer_norm_before else "self_attn_layer_norm"
         ),
         pre_norm=lambda layer: layer.do_layer_norm_before,
+    ),
+    *(
+        MLPSpec(
+            family=family,
+            layer_class=f"transformers.models.{family}.modeling_{family}.{layer_class}",
+            fused_layer=FusedOPTDecoderLayer,
+            attention="self_attn",
+            mlp=None,
+            up="fc1",
+            down="fc2",
+            activation="activation_fn",
+            norm=lambda layer: "final_layer_norm",
+        )
+        for family, layer_class in (("biogpt", "BioGptDecoderLayer"), ("xglm", "XGLMDecoderLayer"))
     ),
 )

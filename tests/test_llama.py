@@ -68,7 +68,7 @@ def test_the_classes_are_llamas(spec: MLPSpec) -> None:
     assert body(mlp).removesuffix("\nreturn down_proj") == MLP
     made = inspect.getsource(layer.__init__)
     assert f"self.mlp = {mlp.__name__}(" in made
-    if spec.fused_layer is None:
+    if spec.fused_layer is not LLAMA.fused_layer:
         return
     norm = named(module, spec.norm_class)
     assert body(layer) == body(modeling_llama.LlamaDecoderLayer)

@@ -1,0 +1,440 @@
+"""Families with an MLP beside the attention, or with one that has no gate, but for the first three.
+
+What patches/*.py say about the installed transformers, and tiny models of every family.
+"""
+
+import ast
+import copy
+import importlib
+import inspect
+import textwrap
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from hf_triton_mlp import MLPConfig, TritonMLP, patch_model, patch_report, unpatch_model
+from hf_triton_mlp.patching import MLPSpec, specs
+
+HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {**HIDDEN, "intermediate_size": 51}
+GQA = {**WIDE, "num_key_value_heads": 2}
+N_EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 51, "n_positions": 64}
+NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+
+#: Every variant: (family, its config, whether depth "layer" is more than "mlp").
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "arcee": ("arcee", {**GQA, "mlp_bias": True}, True),
+    "biogpt": ("biogpt", {**WIDE, "hidden_dropout_prob": 0.0}, True),
+    "codegen": ("codegen", {**N_EMBD, **NO_DROPOUT, "rotary_dim": 4}, True),
+    "cohere": ("cohere", GQA, True),
+    "cohere2": ("cohere2", GQA, True),
+    "falcon": ("falcon", {**HIDDEN, "bias": True}, True),
+    "falcon-alibi": ("falcon", {**HIDDEN, "alibi": True, "parallel_attn": False}, True),
+    "falcon-sequential": (
+        "falcon",
+        {**HIDDEN, "ffn_hidden_size": 51, "parallel_attn": False},
+        True,
+    ),
+    "falcon-two-norms": (
+        "falcon",
+        {**HIDDEN, "bias": True, "new_decoder_architecture": True, "num_kv_heads": 2},
+        True,
+    ),
+    "falcon-one-norm": (
+        "falcon",
+        {
+            **HIDDEN,
+            "new_decoder_architecture": True,
+            "num_ln_in_parallel_attn": 1,
+            "num_kv_heads": 2,
+        },
+        True,
+    ),
+    "gpt_bigcode": ("gpt_bigcode", {**N_EMBD, **NO_DROPOUT}, True),
+    "gpt_neo": (
+        "gpt_neo",
+        {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "intermediate_size": 51,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 4,
+        },
+        True,
+    ),
+    "gpt_neox": ("gpt_neox", WIDE, True),
+    "gpt_neox-sequential": ("gpt_neox", {**WIDE, "use_parallel_residual": False}, True),
+    "gpt_neox_japanese": ("gpt_neox_japanese", HIDDEN, False),
+    "gptj": ("gptj", {**N_EMBD, **NO_DROPOUT, "rotary_dim": 4}, True),
+    "jais2": ("jais2", GQA, True),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, True),
+    "nanochat": ("nanochat", GQA, True),
+    "nemotron": ("nemotron", {**GQA, "mlp_bias": True}, False),
+    "persimmon": ("persimmon", WIDE, True),
+    "phi": ("phi", GQA, True),
+    "starcoder2": ("starcoder2", GQA, True),
+    "starcoder2-no-bias": ("starcoder2", {**GQA, "use_bias": False, "hidden_act": "silu"}, True),
+    "xglm": (
+        "xglm",
+        {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 51, "dropout": 0.0},
+        True,
+    ),
+    "apertus-relu2": ("apertus", {**GQA, "hidden_act": "relu2"}, False),
+}
+INLINE = ("biogpt", "xglm")
+FAMILIES = {family for family, _, _ in VARIANTS.values()}
+SPECS = [spec for spec in specs() if spec.family in FAMILIES]
+DEPTHS = [
+    (name, depth)
+    for name, (family, _, fused) in VARIANTS.items()
+    for depth in ("layer", "mlp")
+    if (fused or depth == "mlp") and not (family in INLINE and depth == "mlp")
+]
+
+
+def build(name: str, **changes: Any) -> Any:
+    family, own, _ = VARIANTS[name]
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
+    tokens = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+    config = CONFIG_MAPPING[family](**tokens, pad_token_id=0, **{**own, **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return tiny.randomized(model).eval()
+
+
+def prove(model: nn.Module) -> None:
+    """Run the short forwards on the CPU too."""
+    for module in model.modules():
+        if isinstance(module, TritonMLP):
+            module.proving = True
+
+
+@pytest.mark.parametrize(("name", "depth"), DEPTHS)
+def test_logits_tokens_and_the_way_back(name: str, depth: str, device: str) -> None:
+    model = build(name).to(device)
+    before, keys = tiny.tree(model), list(model.state_dict())
+    padded = tiny.batch(device, padding="right")
+    # Random models repeat one token for ever unless they are kept from it.
+    arguments = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return model(**padded).logits, model.generate(**tiny.batch(device), **arguments)
+
+    with torch.no_grad():
+        # XGLM's mask overflows in float64.
+        wide = model if name == "xglm" else tiny.reference_of(model, torch.float32)
+        exact = wide(**padded).logits
+    original, expected = run()
+    patch_model(model, depth=depth)
+    assert list(model.state_dict()) == keys
+    rows = patch_report(model).rows
+    assert [row.verified for row in rows] == ["yes", "yes"]
+    assert {("attention" in row.replaced, row.reason) for row in rows} == {(depth == "layer", "")}
+    for short in (False, True):
+        if short:
+            prove(model)
+        logits, tokens = run()
+        tiny.assert_as_accurate(logits, original, exact)
+        assert torch.equal(tokens, expected)
+    assert tiny.tree(unpatch_model(model)) == before
+
+
+DROPOUTS = {
+    "biogpt": {"hidden_dropout_prob": 0.5},
+    "falcon": {"hidden_dropout": 0.5},
+    "falcon-sequential": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    "gpt_neox": {"hidden_dropout": 0.5},
+    "gptj": {"resid_pdrop": 0.5},
+    "persimmon": {"hidden_dropout": 0.5},
+    "phi": {"resid_pdrop": 0.5},
+    "starcoder2": {"residual_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_training_runs_the_original(name: str) -> None:
+    model = build(name, **DROPOUTS[name]).train()
+    inputs = tiny.batch()
+
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        return model(**inputs).logits
+
+    expected = run()
+    model.eval()
+    assert not torch.allclose(run(), expected)
+    patch_model(model).train()
+    assert torch.equal(run(), expected)
+
+
+def test_hidden_states_and_attentions() -> None:
+    """Layers return what transformers records, also from their short forward."""
+    for name in ("falcon", "gptj", "gpt_neo", "gpt_bigcode", "mpt", "phi", "xglm"):
+        model, inputs = build(name), tiny.batch(padding="right")
+        with torch.no_grad():
+            expected = model(**inputs, output_hidden_states=True, output_attentions=True)
+            prove(patch_model(model))
+            found = model(**inputs, output_hidden_states=True, output_attentions=True)
+        assert found.keys() == expected.keys()
+        for ours, theirs in zip(tiny.tensors(found), tiny.tensors(expected), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_cross_attention() -> None:
+    model = build("xglm", add_cross_attention=True)
+    encoded = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    inputs = {**tiny.batch(padding="right"), "encoder_hidden_states": encoded}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert not torch.allclose(model(**tiny.batch(padding="right")).logits, expected)
+        patch_model(model)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_an_activation_with_parameters_is_refused() -> None:
+    model = build("apertus-relu2", hidden_act="xielu")
+    before = tiny.tree(model)
+    with pytest.raises(ValueError, match=r"layers\.0: .*XIELUActivation has parameters"):
+        patch_model(model)
+    assert tiny.tree(model) == before
+
+
+@pytest.mark.parametrize("name", ["phi", "falcon", "gpt_neox"])
+def test_compiled_in_one_graph(name: str) -> None:
+    model = patch_model(build(name))
+    prove(model)
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    mlp = next(module for module in model.modules() if isinstance(module, TritonMLP))
+
+    def half(attention: Tensor, residual: Tensor, normed: Tensor) -> Tensor:
+        rest = mlp.fuse(residual)
+        assert rest is not None
+        return rest(attention, residual, normed)
+
+    with torch.no_grad():
+        compiled = torch.compile(half, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(x, 2 * x, 3 * x), half(x, 2 * x, 3 * x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 16])
+def test_bound_launches_beside_the_attention(tokens: int, gated: bool) -> None:
+    config = MLPConfig(
+        hidden_size=768, intermediate_size=3072, dtype=torch.float16, norm=None, gated=gated
+    )
+    mlp = TritonMLP(config).cuda()
+    a, r, u = torch.randn(3, tokens, 768, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        wide = copy.deepcopy(mlp).float().cpu()
+        exact = wide(a.float().cpu(), r.float().cpu(), u.float().cpu())
+        rest = mlp.fuse(r)
+        assert rest is not None
+        first = rest(a, r, u)
+        torch.testing.assert_close(first.float().cpu(), exact, rtol=1e-2, atol=1e-2)
+        bound = mlp._bound
+        assert bound is not None
+        again = bound.launches(a, r, True, u)
+        assert again is not None and torch.equal(again, first)
+        rest = mlp.fuse(r)
+        assert rest is not None and torch.equal(rest(a, r, u), first)
+        # The same MLP alone: other launches.
+        assert bound.launches(a, r, True) is None
+        alone = exact - (a + r).float().cpu()
+        torch.testing.assert_close(mlp(u).float().cpu(), alone, rtol=1e-2, atol=2e-2)
+
+
+# --- what the installed transformers computes --------------------------------------------------
+
+
+class Formula:
+    """A forward as one expression of x, its first argument, in eval mode.
+
+    Of an attention's arguments only the first is shown, dropout and tuples not at all. `inner`
+    adds its second argument, as MPT's MLP does.
+    """
+
+    def __init__(self, cls: Any, layer: Any = None, inner: str = "") -> None:
+        self.layer, self.inner = layer, inner
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
+        function: Any = ast.parse(source).body[0]
+        first, *others = [argument.arg for argument in function.args.args[1:]]
+        self.values = {first: "x", **{name: name for name in others}}
+        self.text = ""
+        self.run(function.body)
+
+    def run(self, statements: list[ast.stmt]) -> None:
+        for statement in statements:
+            if isinstance(statement, ast.Assign):
+                (target,) = statement.targets
+                name = target.elts[0] if isinstance(target, ast.Tuple) else target
+                self.values[ast.unparse(name)] = self.expression(statement.value)
+            elif isinstance(statement, ast.AugAssign):
+                assert isinstance(statement.op, ast.Add)
+                name, added = ast.unparse(statement.target), self.expression(statement.value)
+                self.values[name] = f"{self.values[name]} + {added}"
+            elif isinstance(statement, ast.If):
+                known = {"self": self.layer, "encoder_hidden_states": None}
+                taken = eval(ast.unparse(statement.test), known)
+                self.run(statement.body if taken else statement.orelse)
+            elif isinstance(statement, ast.Return):
+                value = statement.value
+                first = value.elts[0] if isinstance(value, ast.Tuple) else value
+                assert first is not None
+                self.text = self.expression(first)
+            else:  # a docstring
+                assert isinstance(statement, ast.Expr)
+
+    def expression(self, node: ast.expr) -> str:
+        if isinstance(node, ast.Name):
+            return self.values[node.id]
+        if isinstance(node, ast.BinOp):
+            assert isinstance(node.op, ast.Add)
+            return f"{self.expression(node.left)} + {self.expression(node.right)}"
+        assert isinstance(node, ast.Call), ast.unparse(node)
+        name = ast.unparse(node.func).removeprefix("self.")
+        given = [*node.args, *(k.value for k in node.keywords if k.arg == "hidden_states")]
+        if name == "dropout_add":
+            return f"{self.expression(given[1])} + {self.expression(given[0])}"
+        if "dropout" in name:
+            return self.expression(given[0])
+        shown, *rest = [self.expression(argument) for argument in given[: 1 + (name == self.inner)]]
+        return " + ".join([f"{name}({shown})", *rest])
+
+
+def terms(text: str) -> list[str]:
+    """The terms of a sum, whose order is free: its rounding is within the bound of a patch."""
+    found, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0 and text.startswith(" + ", i):
+            found.append(text[start:i])
+            start = i + 3
+    return sorted([*found, text[start:]])
+
+
+def class_named(name: str) -> Any:
+    module, _, cls = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except ModuleNotFoundError:
+        pytest.skip(f"this transformers has no {module}")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.layer_class.split(".")[-1])
+def test_the_mlps_are_what_the_specs_say(spec: MLPSpec) -> None:
+    """A release that changes one of them fails here, before it computes something else."""
+    layer = class_named(spec.layer_class)
+    if spec.mlp is None:
+        return  # its layer is compared below
+    mlp = class_named(spec.mlp_class or "")
+    assert f"self.{spec.mlp} = {mlp.__name__}(" in inspect.getsource(layer.__init__)
+    if spec.gate is not None:
+        return  # Cohere's is Llama's
+    activation = spec.activation.rpartition(".")[2]
+    expected = f"{spec.down}({activation}({spec.up}(x)))"
+    added = ["residual"] if spec.family == "mpt" else []
+    assert terms(Formula(mlp).text) == sorted([expected, *added])
+
+
+def behind(norm: str, mlp: str, attention: str, first: str) -> str:
+    """A layer whose MLP runs after its attention."""
+    s = f"{attention}({first}(x)) + x"
+    return f"{mlp}({norm}({s})) + {s}"
+
+
+def beside(norm: str, attention: str, first: str) -> str:
+    """A layer whose MLP runs beside its attention."""
+    return f"mlp({norm}(x)) + {attention}({first}(x)) + x"
+
+
+def falcon(new: bool, parallel: bool, norms: int | None) -> Any:
+    config = {"new_decoder_architecture": new, "parallel_attn": parallel}
+    return SimpleNamespace(config=SimpleNamespace(**config, num_ln_in_parallel_attn=norms))
+
+
+OF_LLAMA = behind("post_attention_layernorm", "mlp", "self_attn", "input_layernorm")
+OF_GPT2 = behind("ln_2", "mlp", "attn", "ln_1")
+OF_OPT = behind("final_layer_norm", "MLP", "self_attn", "self_attn_layer_norm").replace(
+    "MLP(final_layer_norm(self_attn(self_attn_layer_norm(x)) + x))",
+    "fc2(activation_fn(fc1(final_layer_norm(self_attn(self_attn_layer_norm(x)) + x))))",
+)
+OF_PHI = beside("input_layernorm", "self_attn", "input_layernorm")
+OF_FALCON = beside("input_layernorm", "self_attention", "input_layernorm")
+
+#: (family, the layer's attributes that its forward asks for, its formula)
+LAYERS: list[tuple[str, Any, str]] = [
+    ("arcee", None, OF_LLAMA),
+    ("biogpt", None, OF_OPT),
+    ("codegen", None, beside("ln_1", "attn", "ln_1")),
+    ("cohere", None, OF_PHI),
+    ("cohere2", None, OF_PHI),
+    ("falcon", falcon(False, True, None), OF_FALCON),
+    ("falcon", falcon(True, True, 1), OF_FALCON),
+    ("falcon", falcon(True, True, 2), beside("ln_mlp", "self_attention", "ln_attn")),
+    (
+        "falcon",
+        falcon(False, False, None),
+        behind("post_attention_layernorm", "mlp", "self_attention", "input_layernorm"),
+    ),
+    ("gpt_bigcode", None, OF_GPT2),
+    ("gpt_neo", None, OF_GPT2),
+    (
+        "gpt_neox",
+        SimpleNamespace(use_parallel_residual=True),
+        beside("post_attention_layernorm", "attention", "input_layernorm"),
+    ),
+    (
+        "gpt_neox",
+        SimpleNamespace(use_parallel_residual=False),
+        behind("post_attention_layernorm", "mlp", "attention", "input_layernorm"),
+    ),
+    ("gptj", None, beside("ln_1", "attn", "ln_1")),
+    ("jais2", None, OF_LLAMA),
+    ("mpt", None, behind("norm_2", "ffn", "attn", "norm_1")),
+    ("nanochat", None, OF_LLAMA),
+    ("persimmon", None, OF_LLAMA),
+    ("phi", None, OF_PHI),
+    ("starcoder2", None, OF_LLAMA),
+    ("xglm", None, OF_OPT),
+]
+
+
+def sorted_sums(text: str) -> Any:
+    """A formula with the terms of every sum in it in one order."""
+    parts = terms(text)
+    if len(parts) > 1:
+        return sorted(map(sorted_sums, parts), key=str)
+    name, bracket, rest = text.partition("(")
+    return [name, sorted_sums(rest[:-1])] if bracket else name
+
+
+@pytest.mark.parametrize(("family", "layer", "formula"), LAYERS, ids=lambda value: str(value)[:40])
+def test_the_layers_are_what_their_short_forwards_do(family: str, layer: Any, formula: str) -> None:
+    spec = next(spec for spec in SPECS if spec.family == family)
+    found = Formula(class_named(spec.layer_class), layer, inner="ffn").text
+    assert sorted_sums(found) == sorted_sums(formula)
+
+
+def test_every_fused_layer_has_a_formula() -> None:
+    fused = {spec.family for spec in SPECS if spec.fused_layer is not None}
+    assert fused == {family for family, _, _ in LAYERS}
+
+
+@pytest.mark.parametrize("name", ["arcee", "nanochat"])
+def test_the_rms_norms(name: str) -> None:
+    """Each is `rms_norm` of ops.py: in float32, with the weight, if any, outside."""
+    spec = next(spec for spec in SPECS if spec.family == name)
+    cls = class_named(spec.norm_class)
+    norm = cls(eps=0.1) if name == "nanochat" else cls(32, eps=0.1)
+    tiny.randomized(norm)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.rms_norm(x, (32,), getattr(norm, "weight", None), 0.1)
+    torch.testing.assert_close(norm(x), expected)
