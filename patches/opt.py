@@ -1,4 +1,4 @@
-"""OPT, BioGPT, XGLM: fc1 and fc2 sit on the layer itself; OPT-350m is post-norm."""
+"""OPT: fc1 and fc2 sit on the layer itself; pre-norm, and post-norm in the 350m model."""
 
 from typing import Any
 
@@ -9,33 +9,46 @@ from hf_triton_mlp.patching import MLPSpec
 
 
 class FusedOPTDecoderLayer(FusedLayer):
-    """OPTDecoderLayer whose attention residual, norm, MLP and residual are one TritonMLP call."""
+    """OPTDecoderLayer whose attention residual, norm, MLP and residual are one TritonMLP call.
+
+    The last attention's: where there is an encoder, the one that looks at it.
+    """
 
     self_attn_layer_norm: Any
     self_attn: Any
+    encoder_attn_layer_norm: Any
+    encoder_attn: Any
     final_layer_norm: Any
     fc1: Any
     fc2: Any
     activation_fn: Any
-    do_layer_norm_before: bool = True
+    do_layer_norm_before: bool
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         named = self.named(args, kwargs)
         named.pop("use_cache", None)
-        named.pop("encoder_attention_mask", None)
-        crossed = named.pop("encoder_hidden_states", None) is not None
+        encoded = named.pop("encoder_hidden_states", None)
+        encoder_mask = named.pop("encoder_attention_mask", None)
         before = self.do_layer_norm_before
-        norm = self.final_layer_norm if before else self.self_attn_layer_norm
+        last = self.self_attn_layer_norm if encoded is None else self.encoder_attn_layer_norm
+        norm = self.final_layer_norm if before else last
         rest = None
-        if not crossed and self.mlp.has_activation(self.activation_fn):
+        if self.mlp.has_activation(self.activation_fn):
             rest = self.mlp.fuse(hidden_states, norm, (self.fc1, None, self.fc2))
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
+        x = hidden_states
         attention, _ = self.self_attn(
-            hidden_states=self.self_attn_layer_norm(hidden_states) if before else hidden_states,
-            **named,
+            hidden_states=self.self_attn_layer_norm(x) if before else x, **named
         )
-        output = rest(attention, hidden_states)
+        if encoded is not None:
+            x = x + attention if before else self.self_attn_layer_norm(x + attention)
+            attention, _ = self.encoder_attn(
+                hidden_states=self.encoder_attn_layer_norm(x) if before else x,
+                key_value_states=encoded,
+                **{**named, "attention_mask": encoder_mask},
+            )
+        output = rest(attention, x)
         return output if before else self.final_layer_norm(output)
 
 
@@ -53,19 +66,5 @@ SPECS = (
             "final_layer_norm" if layer.do_layer_norm_before else "self_attn_layer_norm"
         ),
         pre_norm=lambda layer: layer.do_layer_norm_before,
-    ),
-    *(
-        MLPSpec(
-            family=family,
-            layer_class=f"transformers.models.{family}.modeling_{family}.{layer_class}",
-            fused_layer=FusedOPTDecoderLayer,
-            attention="self_attn",
-            mlp=None,
-            up="fc1",
-            down="fc2",
-            activation="activation_fn",
-            norm=lambda layer: "final_layer_norm",
-        )
-        for family, layer_class in (("biogpt", "BioGptDecoderLayer"), ("xglm", "XGLMDecoderLayer"))
     ),
 )

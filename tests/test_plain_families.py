@@ -15,16 +15,33 @@ import pytest
 import tiny_models as tiny
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    MusicgenDecoderConfig,
+    MusicgenForCausalLM,
+)
 
 from hf_triton_mlp import MLPConfig, TritonMLP, patch_model, patch_report, unpatch_model
 from hf_triton_mlp.patching import MLPSpec, specs
+
+bart: Any = importlib.import_module("hf_triton_mlp.patches.bart")
 
 HIDDEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = {**HIDDEN, "intermediate_size": 51}
 GQA = {**WIDE, "num_key_value_heads": 2}
 N_EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 51, "n_positions": 64}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+SIDES = [f"{side}_{{}}" for side in ("encoder", "decoder")]
+SEQ2SEQ = {
+    "d_model": 32,
+    "dropout": 0.0,
+    **{side.format("layers"): 2 for side in SIDES},
+    **{side.format("attention_heads"): 4 for side in SIDES},
+    **{side.format("ffn_dim"): 51 for side in SIDES},
+}
 
 #: Every variant: (family, its config, whether depth "layer" is more than "mlp").
 VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -86,26 +103,40 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
         True,
     ),
     "apertus-relu2": ("apertus", {**GQA, "hidden_act": "relu2"}, False),
+    "bart": ("bart", {**SEQ2SEQ, "is_decoder": True}, True),
+    "mbart": ("mbart", {**SEQ2SEQ, "is_decoder": True}, True),
+    "openai": ("openai-gpt", {**N_EMBD, **NO_DROPOUT}, False),
 }
-INLINE = ("biogpt", "xglm")
-FAMILIES = {family for family, _, _ in VARIANTS.values()}
+#: Families with an encoder, whose decoders are patched.
+ENCODED = (
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart",
+    "musicgen_decoder", "pegasus", "pegasus_x", "plbart", "speech_to_text", "whisper",
+)  # fmt: skip
+MODULES = {"blenderbot-small": "blenderbot_small", "musicgen_decoder": "musicgen"}
+MODULES["openai-gpt"] = "openai"
+FAMILIES = {MODULES.get(family, family) for family, _, _ in VARIANTS.values()}
+FAMILIES |= {MODULES.get(family, family) for family in ENCODED}
 SPECS = [spec for spec in specs() if spec.family in FAMILIES]
+INLINE = {spec.family for spec in SPECS if spec.mlp is None}
 DEPTHS = [
     (name, depth)
     for name, (family, _, fused) in VARIANTS.items()
     for depth in ("layer", "mlp")
-    if (fused or depth == "mlp") and not (family in INLINE and depth == "mlp")
+    if (fused or depth == "mlp") and not (depth == "mlp" and family in INLINE)
 ]
 
 
 def build(name: str, **changes: Any) -> Any:
     family, own, _ = VARIANTS[name]
+    return from_config(family, AutoModelForCausalLM, **{**own, **changes})
+
+
+def from_config(family: str, auto: Any, **own: Any) -> Any:
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {family}")
     tokens = {"vocab_size": tiny.VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
-    config = CONFIG_MAPPING[family](**tokens, pad_token_id=0, **{**own, **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    return tiny.randomized(model).eval()
+    config = CONFIG_MAPPING[family](**tokens, pad_token_id=0, **own)
+    return tiny.randomized(auto.from_config(config, attn_implementation="eager")).eval()
 
 
 def prove(model: nn.Module) -> None:
@@ -187,15 +218,54 @@ def test_hidden_states_and_attentions() -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_cross_attention() -> None:
-    model = build("xglm", add_cross_attention=True)
-    encoded = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
-    inputs = {**tiny.batch(padding="right"), "encoder_hidden_states": encoded}
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        assert not torch.allclose(model(**tiny.batch(padding="right")).logits, expected)
-        patch_model(model)
-        torch.testing.assert_close(model(**inputs).logits, expected)
+def encoded_model(family: str) -> tuple[Any, dict[str, Tensor]]:
+    """A tiny model with an encoder, or with states in place of one, and what to generate from."""
+    states = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    if family == "xglm":
+        model = build("xglm", add_cross_attention=True)
+        return model, {**tiny.batch(), "encoder_hidden_states": states}
+    if family == "musicgen_decoder":
+        config = MusicgenDecoderConfig(**HIDDEN, ffn_dim=51, vocab_size=97, dropout=0.0)
+        model = tiny.randomized(MusicgenForCausalLM(config)).eval()
+        ids = torch.randint(3, 97, (8, 3), generator=torch.Generator().manual_seed(1))
+        return model, {"input_ids": ids, "encoder_hidden_states": states}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 3, "forced_eos_token_id": None}
+    if family in ("speech_to_text", "whisper"):
+        audio = torch.randn(2, 80, 16, generator=torch.Generator().manual_seed(1))
+        heard = {"max_source_positions": 8, "max_target_positions": 64, "num_mel_bins": 80}
+        if family == "speech_to_text":
+            audio, heard = audio.mT, {**heard, "conv_kernel_sizes": (5, 5), "conv_channels": 16}
+        model = from_config(family, AutoModelForSpeechSeq2Seq, **SEQ2SEQ, **tokens, **heard)
+        return model, {"input_features": audio}
+    extra = {"attention_type": "original_full"} if family == "bigbird_pegasus" else {}
+    model = from_config(family, AutoModelForSeq2SeqLM, **SEQ2SEQ, **tokens, **extra)
+    return model, tiny.batch(padding="right")
+
+
+@pytest.mark.parametrize("family", [*ENCODED, "xglm"])
+def test_decoders_that_look_at_an_encoder(family: str, device: str) -> None:
+    model, inputs = encoded_model(family)
+    model, inputs = model.to(device), {name: value.to(device) for name, value in inputs.items()}
+    arguments = {"max_new_tokens": 6, "do_sample": False, "no_repeat_ngram_size": 1}
+    decoded = {}
+    if "encoder_hidden_states" not in inputs:
+        decoded = {"decoder_input_ids": tiny.batch(device)["input_ids"]}
+
+    def run() -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            generated = model.generate(**inputs, **arguments) if decoded else None
+            return model(**inputs, **decoded).logits, generated
+
+    original, expected = run()
+    patch_model(model)
+    rows = patch_report(model).rows
+    assert [row.verified for row in rows] == ["yes", "yes"]
+    for short in (False, True):
+        if short:
+            prove(model)
+        logits, tokens = run()
+        torch.testing.assert_close(logits, original, rtol=1e-4, atol=1e-4)
+        assert expected is None or torch.equal(tokens, expected)
 
 
 def test_an_activation_with_parameters_is_refused() -> None:
@@ -281,7 +351,8 @@ class Formula:
                 name, added = ast.unparse(statement.target), self.expression(statement.value)
                 self.values[name] = f"{self.values[name]} + {added}"
             elif isinstance(statement, ast.If):
-                known = {"self": self.layer, "encoder_hidden_states": None}
+                encoded = getattr(self.layer, "encoder", None)
+                known = {"self": self.layer, "encoder_hidden_states": encoded}
                 taken = eval(ast.unparse(statement.test), known)
                 self.run(statement.body if taken else statement.orelse)
             elif isinstance(statement, ast.Return):
@@ -362,17 +433,35 @@ def falcon(new: bool, parallel: bool, norms: int | None) -> Any:
 
 OF_LLAMA = behind("post_attention_layernorm", "mlp", "self_attn", "input_layernorm")
 OF_GPT2 = behind("ln_2", "mlp", "attn", "ln_1")
-OF_OPT = behind("final_layer_norm", "MLP", "self_attn", "self_attn_layer_norm").replace(
-    "MLP(final_layer_norm(self_attn(self_attn_layer_norm(x)) + x))",
-    "fc2(activation_fn(fc1(final_layer_norm(self_attn(self_attn_layer_norm(x)) + x))))",
-)
+
+
+def of_opt(s: str) -> str:
+    """A layer with its MLP inline, behind a norm of s."""
+    return f"fc2(activation_fn(fc1(final_layer_norm({s})))) + {s}"
+
+
+def of_bart(u: str) -> str:
+    """A layer with its MLP inline, between norms."""
+    return f"final_layer_norm(fc2(activation_fn(fc1({u}))) + {u})"
+
+
+ENCODER = SimpleNamespace(encoder=True)
+PRE_SUM = "self_attn(self_attn_layer_norm(x)) + x"
+OF_OPT = of_opt(PRE_SUM)
+CROSSED_OPT = of_opt(f"encoder_attn(encoder_attn_layer_norm({PRE_SUM})) + {PRE_SUM}")
+POST_SUM = "self_attn_layer_norm(self_attn(x) + x)"
+OF_BART = of_bart(POST_SUM)
+CROSSED_BART = of_bart(f"encoder_attn_layer_norm(encoder_attn({POST_SUM}) + {POST_SUM})")
 OF_PHI = beside("input_layernorm", "self_attn", "input_layernorm")
 OF_FALCON = beside("input_layernorm", "self_attention", "input_layernorm")
 
 #: (family, the layer's attributes that its forward asks for, its formula)
 LAYERS: list[tuple[str, Any, str]] = [
     ("arcee", None, OF_LLAMA),
-    ("biogpt", None, OF_OPT),
+    *((family, None, OF_OPT) for family, _ in bart.PRE_NORM),
+    *((family, None, OF_BART) for family, _ in bart.POST_NORM),
+    *((family, ENCODER, CROSSED_OPT) for family, _ in bart.PRE_NORM if family != "biogpt"),
+    *((family, ENCODER, CROSSED_BART) for family, _ in bart.POST_NORM),
     ("codegen", None, beside("ln_1", "attn", "ln_1")),
     ("cohere", None, OF_PHI),
     ("cohere2", None, OF_PHI),
@@ -403,7 +492,6 @@ LAYERS: list[tuple[str, Any, str]] = [
     ("persimmon", None, OF_LLAMA),
     ("phi", None, OF_PHI),
     ("starcoder2", None, OF_LLAMA),
-    ("xglm", None, OF_OPT),
 ]
 
 
