@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.bound import BoundParts, DecodeMLP
+from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.launchers import Launch, launch
 from hf_triton_mlp.mlp import stand_in
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -376,6 +378,33 @@ def test_changes_between_calls(name: str, tokens: int) -> None:
         CHANGES[name](layers)
         for _ in range(3):
             torch.testing.assert_close(layers(a, r), layers.plain(a, r), **CLOSE)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_launches_that_are_bound_beside_an_attention(
+    tokens: int, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launches alone: on the CPU there is nothing to bind."""
+    moving: list[torch.Tensor | None] = []
+
+    def launch_once(call: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        launch(call)
+        moving[:] = tensors
+
+    monkeypatch.setattr("hf_triton_mlp.bound.bind", launch_once)
+    mlp = TritonMLP(MLPConfig(hidden_size=64, intermediate_size=96, norm=None, gated=gated))
+    w = mlp._own_weights()
+    attention, residual, normed = torch.randn(3, tokens, 64)
+    with torch.no_grad():
+        DecodeMLP(w.up).bind(
+            attention, residual, normed,
+            (w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias),
+            activation=mlp.mlp_config.activation, norm=None, carry_normed=False, early=True,
+        )  # fmt: skip
+        exact = expected(mlp, attention, residual, normed, None)
+        torch.testing.assert_close(moving[3].double(), exact, **CLOSE)
 
 
 @pytest.mark.gpu
