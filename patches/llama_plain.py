@@ -45,7 +45,7 @@ def _mlp_spec(family: str, name: str, **rest: Any) -> MLPSpec:
 
 
 def _refuse(layer: Any) -> str | None:
-    activation = type(layer.mlp.act_fn).__name__
+    activation = type(getattr(layer.mlp, "act_fn", None)).__name__
     if activation == "XIELUActivation":
         return f"its activation {activation} has parameters of its own, which no kernel reads"
     return None
@@ -53,10 +53,12 @@ def _refuse(layer: Any) -> str | None:
 
 SPECS = (
     _spec("arcee", "Arcee", PROJ, "ArceeRMSNorm"),
+    _spec("cosmos3_edge", "Cosmos3EdgeText", FC, "Cosmos3EdgeTextRMSNorm"),
     _spec("jais2", "Jais2", PROJ),
     _spec("nanochat", "NanoChat", FC, "NanoChatRMSNorm"),
     _spec("persimmon", "Persimmon", DENSE),
     _spec("starcoder2", "Starcoder2", C_FC),
     _mlp_spec("apertus", "Apertus", refuse=_refuse),
+    _mlp_spec("apertus1p5", "Apertus1p5Text", refuse=_refuse),
     _mlp_spec("nemotron", "Nemotron"),
 )
