@@ -1,7 +1,4 @@
-"""Families with an MLP beside the attention, or with one that has no gate, but for the first three.
-
-What patches/*.py say about the installed transformers, and tiny models of every family.
-"""
+"""Families whose MLP has no gate, or runs beside the attention: their classes, and tiny models."""
 
 import ast
 import copy
@@ -35,13 +32,15 @@ WIDE = {**HIDDEN, "intermediate_size": 51}
 GQA = {**WIDE, "num_key_value_heads": 2}
 N_EMBD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 51, "n_positions": 64}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-SIDES = [f"{side}_{{}}" for side in ("encoder", "decoder")]
 SEQ2SEQ = {
     "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 51,
+    "decoder_ffn_dim": 51,
     "dropout": 0.0,
-    **{side.format("layers"): 2 for side in SIDES},
-    **{side.format("attention_heads"): 4 for side in SIDES},
-    **{side.format("ffn_dim"): 51 for side in SIDES},
 }
 
 #: Every variant: (family, its config, whether depth "layer" is more than "mlp").
@@ -115,9 +114,14 @@ ENCODED = (
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "m2m_100", "marian", "mbart",
     "musicgen_decoder", "pegasus", "pegasus_x", "plbart", "speech_to_text", "whisper",
 )  # fmt: skip
-MODULES = {"blenderbot-small": "blenderbot_small", "musicgen_decoder": "musicgen"}
-MODULES |= {"openai-gpt": "openai", "apertus1p5_text": "apertus1p5"}
-MODULES["cosmos3_edge_text"] = "cosmos3_edge"
+#: Where the module is not the model's type.
+MODULES = {
+    "apertus1p5_text": "apertus1p5",
+    "blenderbot-small": "blenderbot_small",
+    "cosmos3_edge_text": "cosmos3_edge",
+    "musicgen_decoder": "musicgen",
+    "openai-gpt": "openai",
+}
 FAMILIES = {MODULES.get(family, family) for family, _, _ in VARIANTS.values()}
 FAMILIES |= {MODULES.get(family, family) for family in ENCODED}
 SPECS = [spec for spec in specs() if spec.family in FAMILIES]
