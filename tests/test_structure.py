@@ -16,14 +16,14 @@ from transformers import (
     LlavaForConditionalGeneration,
     MixtralConfig,
     MixtralForCausalLM,
-    OpenAIGPTConfig,
-    OpenAIGPTModel,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
+    XLMConfig,
+    XLMModel,
 )
 from transformers.activations import ACT2FN
 from transformers.models.clip.configuration_clip import CLIPConfig
@@ -464,9 +464,10 @@ def clip() -> tuple[nn.Module, dict[str, Any]]:
     return CLIPModel(config), {"input_ids": IDS, "pixel_values": IMAGE}
 
 
-def openai_gpt() -> tuple[nn.Module, dict[str, Any]]:
-    config = OpenAIGPTConfig(vocab_size=97, n_embd=HIDDEN, n_layer=4, n_head=4)
-    return OpenAIGPTModel(config), {"input_ids": IDS}
+def xlm() -> tuple[nn.Module, dict[str, Any]]:
+    return XLMModel(XLMConfig(vocab_size=97, emb_dim=HIDDEN, n_layers=4, n_heads=4)), {
+        "input_ids": IDS
+    }
 
 
 MODELS: dict[str, tuple[Callable[[], Any], int]] = {
@@ -474,7 +475,7 @@ MODELS: dict[str, tuple[Callable[[], Any], int]] = {
     "t5, gated": (lambda: t5("gated-gelu"), 4),
     "vit": (vit, 2),
     "clip": (clip, 4),
-    "openai-gpt": (openai_gpt, 4),
+    "xlm": (xlm, 4),
 }
 
 
