@@ -48,8 +48,9 @@ NORM_CLASSES: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_nor
 class MLPConfig:
     """What an MLP computes. Sizes count elements; nothing is inferred from 4 * hidden.
 
-    norm: "layer_norm", "rms_norm" or None (no norm in front). pre_norm: the residual is what
-    enters the norm; post-norm: what leaves it. mp_size: ranks that share the weights.
+    norm: "layer_norm", "rms_norm", "rms_norm_offset" (Gemma's, which multiplies by 1 + weight) or
+    None (no norm in front). pre_norm: the residual is what enters the norm; post-norm: what leaves
+    it. mp_size: ranks that share the weights.
     Raises ValueError or TypeError for a value that is not supported.
     """
 
@@ -286,7 +287,8 @@ class TritonMLP(StandIn):
 
     def _configure(self, config: MLPConfig, norm_class: type[nn.Module] | None = None) -> None:
         self.mlp_config = config  # `config` is the model's, in most families' MLPs
-        self.norm_class = norm_class or NORM_CLASSES[config.norm or "layer_norm"]
+        # Torch has no class for some: a norm whose family names none is called, never read.
+        self.norm_class = norm_class or NORM_CLASSES.get(config.norm or "layer_norm", nn.Module)
         #: Compute from the weights as read on any device, where there is no kernel in PyTorch.
         self.proving = False
         #: Whether a patch of this kind of layer was compared with the original when it was made.
@@ -309,7 +311,7 @@ class TritonMLP(StandIn):
         return "inter_w" in self._parameters
 
     def reset_parameters(self) -> None:
-        """Initialise own parameters as nn.Linear and nn.LayerNorm do."""
+        """Initialise own parameters as nn.Linear does, norms to the identity."""
         for weight, bias in ((self.inter_w, self.inter_b), (self.output_w, self.output_b)):
             assert weight is not None
             bound = 1 / math.sqrt(weight.shape[1])
@@ -317,7 +319,8 @@ class TritonMLP(StandIn):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
         if self.attn_nw is not None:
-            nn.init.ones_(self.attn_nw)
+            offset = self.mlp_config.norm == "rms_norm_offset"
+            nn.init.constant_(self.attn_nw, 0.0 if offset else 1.0)
         if self.attn_nb is not None:
             nn.init.zeros_(self.attn_nb)
 

@@ -19,7 +19,7 @@ from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import MLPWeights, Summands, linear, on_device, rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NORMS = ("layer_norm", "rms_norm")
+NORMS = ("layer_norm", "rms_norm", "rms_norm_offset")
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
@@ -75,20 +75,26 @@ def compose(
     return output if carry is None else carry + output
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight + bias over the last dimension, computed in float32."""
+def rms_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: bool = False
+) -> Tensor:
+    """x / sqrt(mean(x²) + eps) * weight + bias over the last dimension, computed in float32.
+
+    offset: weight + 1 in place of weight, as Gemma stores it.
+    """
     wide = x.float() if x.dtype in DTYPES else x
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    wide = wide if weight is None else wide * weight
+    if weight is not None:
+        wide = wide * (1.0 + weight.to(wide.dtype) if offset else weight)
     return (wide if bias is None else wide + bias).to(x.dtype)
 
 
 def norm_function(
     norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Callable[[Tensor], Tensor]:
-    """LayerNorm or RMSNorm over the last dimension, as a function of x."""
-    if norm == "rms_norm":
-        return lambda x: rms_norm(x, weight, bias, eps)
+    """One of NORMS over the last dimension, as a function of x."""
+    if norm in ("rms_norm", "rms_norm_offset"):
+        return lambda x: rms_norm(x, weight, bias, eps, offset=norm == "rms_norm_offset")
     return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 

@@ -19,6 +19,7 @@ from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import Launch, launch
 from hf_triton_mlp.mlp import stand_in
+from hf_triton_mlp.ops import NORMS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, I = 24, 56  # noqa: E741
@@ -82,7 +83,8 @@ def expected(
             ).sqrt()
         else:
             u = s / (s.square().mean(-1, keepdim=True) + mlp.mlp_config.norm_eps).sqrt()
-        u = u * p.get("attn_nw", 1) + p.get("attn_nb", 0)
+        offset = mlp.mlp_config.norm == "rms_norm_offset"
+        u = u * (offset + p.get("attn_nw", 0 if offset else 1)) + p.get("attn_nb", 0)
         return feed_forward(u) + (s if mlp.mlp_config.pre_norm else u)
     if residual_norm is not None:
         return feed_forward(residual_norm) + add(a, b_a, r)
@@ -91,7 +93,7 @@ def expected(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [(1, 1), (2, 13)])
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_norm_cases(device: str, tokens: tuple[int, int], norm: str, pre_norm: bool) -> None:
     torch.manual_seed(0)

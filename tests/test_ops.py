@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from hf_triton_mlp import tuning
 from hf_triton_mlp.kernels import INTERPRETED
@@ -22,11 +23,13 @@ from hf_triton_mlp.launchers import (
     linear_launch,
 )
 from hf_triton_mlp.ops import (
+    NORMS,
     GELUGemmOp,
     MLPGemmOp,
     MLPWeights,
     ResidualAddOp,
     VectorMatMulOp,
+    norm_function,
 )
 from hf_triton_mlp.tma import addressable
 from hf_triton_mlp.tuning import PDL_CAPABILITY, TMA_CAPABILITY, Plan
@@ -152,13 +155,35 @@ def test_mlp_gemm_activations(device: str, tokens: int, gated: bool, activation:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("tokens", [1, 23])
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("pre_norm", [True, False])
 def test_mlp_gemm_options(device: str, tokens: int, norm: str, pre_norm: bool) -> None:
     op = MLPGemmOp(activation="gelu", norm=norm, norm_eps=1e-3, pre_norm=pre_norm)
     for residual, bias, weight_bias, affine in itertools.product([True, False], repeat=4):
         weights = mlp_weights(33, 65, torch.float32, device, bias=weight_bias, affine=affine)
         check_mlp_gemm(op, weights, tokens, residual=residual, bias=bias)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 3, 19])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_an_offset_norm_is_gemmas(device: str, tokens: int, pre_norm: bool) -> None:
+    weights = mlp_weights(48, 72, torch.float16, device, gated=True, bias=False)
+    weights = weights._replace(norm_weight=weights.norm_weight - 1, norm_bias=None)
+    norm = GemmaRMSNorm(48, eps=1e-3).to(device, torch.float16)
+    norm.weight.data.copy_(weights.norm_weight)
+    options = {"activation": "gelu_pytorch_tanh", "norm_eps": 1e-3, "pre_norm": pre_norm}
+    op = MLPGemmOp(norm="rms_norm_offset", **options)
+    check_mlp_gemm(op, weights, tokens, bias=False)
+    x = torch.randn(tokens, 48).to(weights.up)
+    with torch.no_grad():
+        own = norm(x)
+        ours = norm_function("rms_norm_offset", weights.norm_weight, None, 1e-3)(x)
+        assert torch.equal(ours, own)
+        absent = weights._replace(norm_weight=None)
+        plain = MLPGemmOp(norm="rms_norm", **options)(x, absent)
+        torch.testing.assert_close(op(x, absent), plain, rtol=0, atol=0)
+        torch.testing.assert_close(op.compose(x, absent, None, None), plain, rtol=4e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -339,16 +364,16 @@ def test_every_way_to_multiply_very_few_rows(
     chosen = Plan(kernel="skinny", block_n=4, block_k=block_k, programs=programs, lines=1)
     if device == "cuda":
         chosen = replace(chosen, pdl=torch.cuda.get_device_capability() >= PDL_CAPABILITY)
-    for tokens, together, pre_norm, bias in (
-        (1, 1, True, True),
-        (3, 1, False, False),
-        (3, 4, True, True),
-        (2, 2, False, False),
+    for tokens, together, norm, pre_norm, bias in (
+        (1, 1, "layer_norm", True, True),
+        (3, 1, "rms_norm_offset", False, False),
+        (3, 4, "layer_norm", True, True),
+        (2, 2, "layer_norm", False, False),
     ):
         plan = replace(chosen, block_m=together)
         monkeypatch.setattr(tuning, "plan", lambda *arguments, plan=plan: plan)
         weights = mlp_weights(24, 45, dtype, device, gated=gated, bias=bias)
-        op = MLPGemmOp(activation="silu", pre_norm=pre_norm)
+        op = MLPGemmOp(activation="silu", norm=norm, pre_norm=pre_norm)
         check_mlp_gemm(op, weights, tokens, residual=bias, bias=bias)
 
 
@@ -378,7 +403,8 @@ def test_every_way_to_multiply_few_rows(
         (1, 40, "layer_norm", True, True, False),
         (3, 64, "rms_norm", False, True, False),
         (8, 45, "layer_norm", False, False, True),
-        (9, 64, "rms_norm", True, False, False),
+        (9, 64, "rms_norm_offset", True, False, False),
+        (2, 45, "rms_norm_offset", False, True, False),
         (16, 45, "layer_norm", True, True, False),
     ):
         plan = replace(chosen, block_m=8 if tokens <= 8 else 16)

@@ -24,7 +24,7 @@ def statistics_of_values(s, mask, K, eps, NORM: tl.constexpr):
     """(mean, 1 / sqrt(variance + eps)) of the K values of each row of s where mask; 0 elsewhere.
 
     s: (rows, BLOCK_K); the result: (rows, 1).
-    NORM "layer_norm": two passes, so that the variance does not cancel. "rms_norm": mean is 0.
+    NORM "layer_norm": two passes, so that the variance does not cancel. RMSNorms: mean is 0.
     """
     mean = 0.0
     if NORM == "layer_norm":
@@ -78,9 +78,9 @@ def statistics_of_row(
 
 
 @triton.jit
-def load_affine(norm_w_ptr, norm_b_ptr, offs, mask):
-    """(norm_w, norm_b) at `offs` as they are stored; ones and zeros for None."""
-    scale = tl.full(offs.shape, 1.0, tl.float32)
+def load_affine(norm_w_ptr, norm_b_ptr, offs, mask, NORM: tl.constexpr):
+    """(norm_w, norm_b) at `offs` as they are stored; what changes nothing for None."""
+    scale = tl.full(offs.shape, 0.0 if NORM == "rms_norm_offset" else 1.0, tl.float32)
     shift = tl.zeros(offs.shape, tl.float32)
     if norm_w_ptr is not None:
         scale = tl.load(norm_w_ptr + offs, mask=mask, other=0.0)
@@ -90,10 +90,22 @@ def load_affine(norm_w_ptr, norm_b_ptr, offs, mask):
 
 
 @triton.jit
-def normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask):
-    """(s - mean) * rstd * norm_w + norm_b; norm_w and norm_b may be None."""
-    scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask)
-    return (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
+def apply_affine(u, scale, shift, NORM: tl.constexpr):
+    """u * scale + shift in float32, of stored weights; "rms_norm_offset": u * (1 + scale) + shift.
+
+    The sum is not stored: in 16 bits it would have lost the weight's last digits.
+    """
+    scale = scale.to(tl.float32)
+    if NORM == "rms_norm_offset":
+        scale += 1.0
+    return u * scale + shift.to(tl.float32)
+
+
+@triton.jit
+def normalize(s, mean, rstd, norm_w_ptr, norm_b_ptr, offs, mask, NORM: tl.constexpr):
+    """(s - mean) * rstd * norm_w + norm_b as `apply_affine`; norm_w and norm_b may be None."""
+    scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask, NORM)
+    return apply_affine((s - mean) * rstd, scale, shift, NORM)
 
 
 @triton.jit
@@ -145,9 +157,9 @@ def norm_kernel(
         offs = tl.arange(0, BLOCK_K)[None, :]
         mask = offs < K
         s = load_sum(x_ptr, add_ptr, add_bias_ptr, offs, mask)
-        scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask)
+        scale, shift = load_affine(norm_w_ptr, norm_b_ptr, offs, mask, NORM)
         mean, rstd = statistics_of_values(s, mask, K, eps, NORM)
-        u = (s - mean) * rstd * scale.to(tl.float32) + shift.to(tl.float32)
+        u = apply_affine((s - mean) * rstd, scale, shift, NORM)
         tl.store(out_ptr + row * K + offs, u.to(out_ptr.dtype.element_ty), mask=mask)
         if carry_ptr is not None:
             carried = u if CARRY_NORMED else s
@@ -158,7 +170,7 @@ def norm_kernel(
             offs_k = k + tl.arange(0, BLOCK_K)[None, :]
             mask_k = offs_k < K
             s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, offs_k, mask_k)
-            u_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k)
+            u_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, offs_k, mask_k, NORM)
             tl.store(out_ptr + row * K + offs_k, u_k.to(out_ptr.dtype.element_ty), mask=mask_k)
             if carry_ptr is not None:
                 carried_k = u_k if CARRY_NORMED else s_k

@@ -6,6 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import activate
 from hf_triton_mlp.kernels.norm import (
+    apply_affine,
     load_affine,
     load_sum,
     normalize,
@@ -176,7 +177,7 @@ def skinny_linear_kernel(
     in_row = offs_k[None, :]
     mask_k = in_row < K
     if SHORT and NORM is not None:
-        scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
+        scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k, NORM)
     if PDL:
         if EARLY:
             gdc_wait()
@@ -196,19 +197,19 @@ def skinny_linear_kernel(
         if ONE_BLOCK:
             s = load_sum(x_ptr, add_ptr, add_bias_ptr, in_row, mask_k)
             if not SHORT:
-                scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k)
+                scale, shift = load_affine(norm_w_ptr, norm_b_ptr, in_row, mask_k, NORM)
             if SHORT and NORM == "layer_norm" and out_ptr.dtype.element_ty != tl.float32:
                 begin = tl.zeros((1, 1), tl.int32)
                 first = load_sum(x_ptr, add_ptr, add_bias_ptr, begin, begin < K)
                 mean, rstd = statistics_at_once(s, first, mask_k, K, eps)
             else:
                 mean, rstd = statistics_of_values(s, mask_k, K, eps, NORM)
-            x = (s - mean) * rstd * widen(scale) + widen(shift)
+            x = apply_affine((s - mean) * rstd, scale, shift, NORM)
             x = tl.where(mask_k, x, 0.0)
         else:
             mean, rstd = statistics_of_row(x_ptr, add_ptr, add_bias_ptr, K, eps, NORM, BLOCK_K)
         if CARRY_NORMED:
-            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
+            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c, NORM)
         tl.store(
             carry_ptr + rows * K + offs_c,
             carry.to(carry_ptr.dtype.element_ty),
@@ -258,7 +259,7 @@ def skinny_linear_kernel(
             next_w = load_weights(w_rows, next_k, stride_wk, mask_n, K, EVICT)
             if NORM is not None:
                 s_k = load_sum(x_ptr, add_ptr, add_bias_ptr, in_row, mask_k)
-                x_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, in_row, mask_k)
+                x_k = normalize(s_k, mean, rstd, norm_w_ptr, norm_b_ptr, in_row, mask_k, NORM)
                 x_k = tl.where(mask_k, x_k, 0.0)
             else:
                 x_k = widen(tl.load(x_ptr + in_row, mask=mask_k, other=0.0))

@@ -6,7 +6,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
-from hf_triton_mlp.kernels.norm import load_sum, normalize
+from hf_triton_mlp.kernels.norm import apply_affine, load_sum, normalize
 from hf_triton_mlp.kernels.prefetch import prefetch_vector, prefetch_weights
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
 
@@ -195,6 +195,7 @@ def norm_of_tiles(
     HIGH: tl.constexpr = ROWS // 8
     CHUNKS: tl.constexpr = BLOCK_K // (SLICES * 32)
     TILES: tl.constexpr = len(x)
+    NO_SCALE: tl.constexpr = 0.0 if NORM == "rms_norm_offset" else 1.0
     k = tile_indices(1, CHUNKS, SLICES)[1]
     s = ()
     valid = ()
@@ -211,12 +212,12 @@ def norm_of_tiles(
             valid += (as_tile(k < K - i * BLOCK_K, 1, CHUNKS, SLICES),)
     mean, rstd = statistics_of_tiles(s, valid, K, eps, NORM, BLOCK_K, SLICES, WHOLE)
     if len(affine) == 0:
-        affine = load_vector_tiles(norm_w_ptr, K, 1.0, TILES, CHUNKS, SLICES)
+        affine = load_vector_tiles(norm_w_ptr, K, NO_SCALE, TILES, CHUNKS, SLICES)
         affine += load_vector_tiles(norm_b_ptr, K, 0.0, TILES, CHUNKS, SLICES)
     tiles = ()
     for i in tl.static_range(TILES):
         u = (s[i] - mean[:, None, None, :, None]) * rstd[:, None, None, :, None]
-        u = u * affine[i].to(tl.float32) + affine[TILES + i].to(tl.float32)
+        u = apply_affine(u, affine[i], affine[TILES + i], NORM)
         if i >= WHOLE:
             u = tl.where(valid[i - WHOLE], u, 0.0)
         tiles += (u.to(x[0].dtype),)
@@ -291,6 +292,7 @@ def stream_linear_kernel(
     # Latency decides for short rows: the norm's weights wait in registers, which long rows need.
     SHORT: tl.constexpr = TILES * BLOCK_K <= 1024 and ROWS * TILES * BLOCK_K <= 2048 * SLICES
     KEPT: tl.constexpr = NORM is not None and SHORT
+    NO_SCALE: tl.constexpr = 0.0 if NORM == "rms_norm_offset" else 1.0
     pid = tl.program_id(0)
     apart = tl.num_programs(0) * BLOCK_N
     row, k = tile_indices(HIGH, CHUNKS, SLICES)
@@ -346,7 +348,7 @@ def stream_linear_kernel(
     gate_b = load_vector(gate_b_ptr, offs, offs < N)
     affine = ()
     if KEPT:
-        affine += load_vector_tiles(norm_w_ptr, K, 1.0, TILES, CHUNKS, SLICES)
+        affine += load_vector_tiles(norm_w_ptr, K, NO_SCALE, TILES, CHUNKS, SLICES)
         affine += load_vector_tiles(norm_b_ptr, K, 0.0, TILES, CHUNKS, SLICES)
     if PDL and EARLY:
         gdc_wait()
@@ -388,7 +390,7 @@ def stream_linear_kernel(
         if CARRY_NORMED:
             mean = tl.reshape(mean, (ROWS, 1))
             rstd = tl.reshape(rstd, (ROWS, 1))
-            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c)
+            carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c, NORM)
         tl.store(
             carry_ptr + rows * K + offs_c,
             carry.to(carry_ptr.dtype.element_ty),
