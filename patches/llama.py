@@ -13,16 +13,24 @@ class FusedLlamaDecoderLayer(FusedLayer):
 
     input_layernorm: Any
     self_attn: Any
-    post_attention_layernorm: Any
+
+    #: The norm in front of the MLP.
+    norm_name = "post_attention_layernorm"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rest = self.mlp.fuse(hidden_states, self.post_attention_layernorm)
+        rest = self.mlp.fuse(hidden_states, getattr(self, self.norm_name))
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
         attention, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states), **self.named(args, kwargs)
         )
         return rest(attention, hidden_states)
+
+
+class FusedVaultGemmaDecoderLayer(FusedLlamaDecoderLayer):
+    """Llama's layer, whose second norm has another name."""
+
+    norm_name = "pre_feedforward_layernorm"
 
 
 #: Families with Llama's layer, MLP and RMSNorm: (family, layer, MLP, norm).
@@ -65,7 +73,6 @@ MLPS = (
     ("evolla", "EvollaDecoderLayer", "EvollaMLP"),
     ("exaone4", "Exaone4DecoderLayer", "Exaone4MLP"),
     ("exaone4_5", "Exaone4_5_DecoderLayer", "Exaone4_5_MLP"),
-    ("gemma", "GemmaDecoderLayer", "GemmaMLP"),
     ("gemma2", "Gemma2DecoderLayer", "Gemma2MLP"),
     ("gemma3", "Gemma3DecoderLayer", "Gemma3MLP"),
     ("granite", "GraniteDecoderLayer", "GraniteMLP"),
@@ -81,19 +88,26 @@ MLPS = (
     ("olmo3", "Olmo3DecoderLayer", "Olmo3MLP"),
     ("qwen3_5", "Qwen3_5DecoderLayer", "Qwen3_5MLP"),
     ("stablelm", "StableLmDecoderLayer", "StableLmMLP"),
-    ("vaultgemma", "VaultGemmaDecoderLayer", "VaultGemmaMLP"),
 )
 
 
-def _spec(family: str, layer: str, mlp: str, norm: str | None = None) -> MLPSpec:
+def _spec(
+    family: str,
+    layer: str,
+    mlp: str,
+    norm: str | None = None,
+    *,
+    norm_kind: str = "rms_norm",
+    fused_layer: type[FusedLlamaDecoderLayer] = FusedLlamaDecoderLayer,
+) -> MLPSpec:
     module = f"transformers.models.{family}.modeling_{family}"
     fused: dict[str, Any] = {}
     if norm is not None:
         fused = {
-            "fused_layer": FusedLlamaDecoderLayer,
+            "fused_layer": fused_layer,
             "attention": "self_attn",
-            "norm": lambda layer: "post_attention_layernorm",
-            "norm_kind": "rms_norm",
+            "norm": lambda layer: fused_layer.norm_name,
+            "norm_kind": norm_kind,
             "norm_class": f"{module}.{norm}",
         }
     return MLPSpec(
@@ -109,4 +123,17 @@ def _spec(family: str, layer: str, mlp: str, norm: str | None = None) -> MLPSpec
     )
 
 
-SPECS = tuple(_spec(*names) for names in (*LAYERS, *MLPS))
+#: Gemma's layer is Llama's with RMSNorms that multiply by 1 + weight.
+GEMMAS = (
+    _spec("gemma", "GemmaDecoderLayer", "GemmaMLP", "GemmaRMSNorm", norm_kind="rms_norm_offset"),
+    _spec(
+        "vaultgemma",
+        "VaultGemmaDecoderLayer",
+        "VaultGemmaMLP",
+        "VaultGemmaRMSNorm",
+        norm_kind="rms_norm_offset",
+        fused_layer=FusedVaultGemmaDecoderLayer,
+    ),
+)
+
+SPECS = (*(_spec(*names) for names in (*LAYERS, *MLPS)), *GEMMAS)

@@ -3,7 +3,9 @@
 import ast
 import importlib
 import inspect
+import re
 import textwrap
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,9 +19,15 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
 )
+from transformers.models.gemma import modeling_gemma
 from transformers.models.llama import modeling_llama
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report
+from hf_triton_mlp.mlp import FusedLayer
+from hf_triton_mlp.patches.llama import (
+    FusedLlamaDecoderLayer,
+    FusedVaultGemmaDecoderLayer,
+)
 from hf_triton_mlp.patching import MLPSpec, specs
 
 LLAMA_SHAPED = [spec for spec in specs() if spec.gate == "gate_proj"]
@@ -57,7 +65,23 @@ def body(cls: Any) -> str:
     return "\n".join(map(ast.unparse, statements)).replace("down_proj = ", "return ")
 
 
+def without_arguments(layer: str) -> str:
+    """A layer's body without what it hands to its attention."""
+    return re.sub(r"self\.self_attn\(.*\)", "self.self_attn()", layer)
+
+
 MLP = body(modeling_llama.LlamaMLP).removesuffix("\nreturn down_proj")
+LAYER = body(modeling_llama.LlamaDecoderLayer)
+
+#: What makes a layer's body Llama's, by the short forward that takes its place.
+AS_LLAMAS: dict[type[FusedLayer], Callable[[str], bool]] = {
+    FusedLlamaDecoderLayer: lambda found: found == LAYER,
+    FusedVaultGemmaDecoderLayer: lambda found: (
+        without_arguments(found).replace("pre_feedforward_layernorm", "post_attention_layernorm")
+        == without_arguments(LAYER)
+    ),
+}
+NORMS = {"rms_norm": modeling_llama.LlamaRMSNorm, "rms_norm_offset": modeling_gemma.GemmaRMSNorm}
 
 
 @pytest.mark.parametrize("spec", LLAMA_SHAPED, ids=lambda spec: spec.layer_class.split(".")[-1])
@@ -71,9 +95,13 @@ def test_the_classes_are_llamas(spec: MLPSpec) -> None:
     if spec.fused_layer is not LLAMA.fused_layer:
         return
     norm = named(module, spec.norm_class)
-    assert body(layer) == body(modeling_llama.LlamaDecoderLayer)
-    assert body(norm) == body(modeling_llama.LlamaRMSNorm)
-    assert f"self.post_attention_layernorm = {norm.__name__}(" in made
+    assert AS_LLAMAS[spec.fused_layer](body(layer))
+    like = NORMS[spec.norm_kind]
+    assert body(norm) == body(like)
+    if hasattr(like, "_norm"):
+        assert inspect.getsource(norm._norm) == inspect.getsource(like._norm)
+    assert spec.norm is not None
+    assert f"self.{spec.norm(layer)} = {norm.__name__}(" in made
 
 
 def test_arguments_by_position_and_by_name() -> None:

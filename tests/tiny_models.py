@@ -57,8 +57,9 @@ LLAMA_SHAPED: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "smollm3": SmolLM3Config,
+    "gemma": GemmaConfig,
 }
-LLAMA_MLPS: dict[str, type[PretrainedConfig]] = {"gemma": GemmaConfig, "olmo2": Olmo2Config}
+LLAMA_MLPS: dict[str, type[PretrainedConfig]] = {"olmo2": Olmo2Config}
 
 
 class Place(NamedTuple):
