@@ -18,6 +18,7 @@ from hf_triton_mlp.launchers import (
     norm_launch,
     on_device,
     plan_linear,
+    scaled_add_launch,
     split_launches,
     split_parts,
 )
@@ -99,12 +100,13 @@ class DecodeMLP:
         activation: str,
         norm: tuple[str, Tensor | None, Tensor | None, float] | None,
         carry_normed: bool,
+        branch_scale: float,
         early: bool,
     ) -> None:
         """Bind the launches for calls with as many rows as these tensors have, if few.
 
         norm: (kind, weight, bias, eps) in front of the MLP or None, as it is with `normed`;
-        carry_normed as in `Norm`; early: as in `TritonMLP.forward`.
+        carry_normed as in `Norm`; branch_scale: as in MLPConfig; early: as in `TritonMLP.forward`.
         """
         M = input.numel() // self.hidden
         key = M, residual is None, normed is None, early
@@ -145,17 +147,26 @@ class DecodeMLP:
                 calls.extend(split_launches(plan, source, *linear, *rest, parts))
 
             source, before, summands, carried = x, None, NO_SUMMANDS, Summands(r)
+            added, branch = r, None
             if u is not None:
                 source, carried = u, Summands(x, r)
+            if branch_scale != 1.0:
+                source, added, branch = torch.empty_like(x), None, torch.empty_like(x)
+                work += [source, branch]
+                calls.append(scaled_add_launch(r, x, None, branch_scale, source))
             if norm is not None:
-                before, summands = Norm(*norm, carry, carry_normed), Summands(r)
+                before, summands = Norm(*norm, carry, carry_normed), Summands(added)
                 carried = Summands(carry)
                 if not up_plan.fuses_norm:
-                    source = carry if carry_normed else norm_of_x
-                    calls.append(norm_launch(x, r, None, before, source, pdl=up_plan.pdl))
+                    total, source = source, carry if carry_normed else norm_of_x
+                    calls.append(norm_launch(total, added, None, before, source, pdl=up_plan.pdl))
                     before, summands = None, NO_SUMMANDS
             add(up_plan, source, up, gate, activation, before, summands, hidden)
-            add(down_plan, hidden, down, (None, None), None, None, carried, out)
+            if branch is None:
+                add(down_plan, hidden, down, (None, None), None, None, carried, out)
+            else:  # with a norm, so that the residual is the carry
+                add(down_plan, hidden, down, (None, None), None, None, NO_SUMMANDS, branch)
+                calls.append(scaled_add_launch(carry, branch, None, branch_scale, out))
             offsets = [0]
             for tensor in work:
                 offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)

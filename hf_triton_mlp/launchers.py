@@ -214,16 +214,20 @@ def normed_mlp(
     pre_norm: bool,
     plans: tuple[Plan | None, Plan | None] = (None, None),
     early: bool = False,
+    branch_scale: float = 1.0,
 ) -> Tensor:
     """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H).
 
-    early: as in `TritonMLP.forward`.
+    early: as in `TritonMLP.forward`. branch_scale: pre-norm, the sums are `scaled_add`s.
     """
-    w = weights
+    w, scaled = weights, branch_scale != 1.0
+    if scaled:
+        x = scaled_add(residual, x, bias, branch_scale)
+        residual, bias, early = None, None, True
     up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None)
     down_plan = plans[1] or plan_linear(x.shape[0], w.down)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
-    in_place = down_plan.kernel == "library" and not up_plan.fuses_norm
+    in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
     carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     before = Norm(
         kind=norm,
@@ -248,6 +252,9 @@ def normed_mlp(
     if in_place:
         # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.
         return carry.addmm_(hidden, w.down.t())
+    if scaled:
+        branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
+        return scaled_add(carry, branch, None, branch_scale)
     return linear(
         hidden, w.down, w.down_bias, summands=Summands(carry), plan=down_plan, waited=True
     )
@@ -517,10 +524,42 @@ def residual_add(
     attention_share: float,
 ) -> Tensor:
     """hidden + share * (residual + attention_bias + final_bias) + attention_share * attention."""
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    if out.numel() > 0:
+        summands = residual, attention, attention_bias, final_bias
+        launch(residual_add_launch(hidden, *summands, share, attention_share, out))
+    return out
+
+
+def scaled_add(x: Tensor | None, branch: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """x + scale * (branch + bias)."""
+    out = torch.empty(branch.shape, dtype=branch.dtype, device=branch.device)
+    if out.numel() > 0:
+        launch(scaled_add_launch(x, branch, bias, scale, out))
+    return out
+
+
+def scaled_add_launch(
+    x: Tensor | None, branch: Tensor, bias: Tensor | None, scale: float, out: Tensor
+) -> Launch:
+    """The launch that computes `scaled_add` into out (tokens, K)."""
+    if x is None:  # the kernel has one summand that it takes once
+        return residual_add_launch(branch, None, branch, bias, None, scale, scale - 1.0, out)
+    return residual_add_launch(x, None, branch, bias, None, scale, scale, out)
+
+
+def residual_add_launch(
+    hidden: Tensor,
+    residual: Tensor | None,
+    attention: Tensor | None,
+    attention_bias: Tensor | None,
+    final_bias: Tensor | None,
+    share: float,
+    attention_share: float,
+    out: Tensor,
+) -> Launch:
+    """The launch that computes `residual_add` into out (tokens, K)."""
     M, K = hidden.shape
-    out = torch.empty((M, K), dtype=hidden.dtype, device=hidden.device)
-    if M == 0:
-        return out
     block = min(triton.next_power_of_2(K), 1024)
     scalars = (
         K,
@@ -530,15 +569,12 @@ def residual_add(
         share,
         attention_share,
     )
-    launch(
-        Launch(
-            residual_add_kernel,
-            (M, -(-K // block), 1),
-            (hidden, residual, attention, attention_bias, final_bias, out),
-            scalars,
-            (block,),
-            num_warps=4,
-            num_stages=1,
-        )
+    return Launch(
+        residual_add_kernel,
+        (M, -(-K // block), 1),
+        (hidden, residual, attention, attention_bias, final_bias, out),
+        scalars,
+        (block,),
+        num_warps=4,
+        num_stages=1,
     )
-    return out

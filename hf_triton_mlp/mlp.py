@@ -50,7 +50,8 @@ class MLPConfig:
 
     norm: "layer_norm", "rms_norm", "rms_norm_offset" (Gemma's, which multiplies by 1 + weight) or
     None (no norm in front). pre_norm: the residual is what enters the norm; post-norm: what leaves
-    it. mp_size: ranks that share the weights.
+    it. branch_scale: what is added to a residual, in front of the norm and after the MLP, is
+    multiplied by it. mp_size: ranks that share the weights.
     Raises ValueError or TypeError for a value that is not supported.
     """
 
@@ -63,6 +64,7 @@ class MLPConfig:
     norm_eps: float = 1e-5
     norm_affine: bool = True
     pre_norm: bool = True
+    branch_scale: float = 1.0
     up_bias: bool = True
     down_bias: bool = True
     mp_size: int = 1
@@ -77,6 +79,8 @@ class MLPConfig:
         activation_function(self.activation)
         if self.norm is not None and self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; supported: {', '.join(NORMS)}, None")
+        if self.branch_scale != 1.0 and (self.norm is None or not self.pre_norm):
+            raise ValueError(f"branch_scale {self.branch_scale} needs a norm, and pre_norm")
         if self.norm_eps < 0:
             raise ValueError(f"norm_eps must not be negative, found {self.norm_eps}")
         if self.dtype not in DTYPES:
@@ -303,6 +307,7 @@ class TritonMLP(StandIn):
             norm=config.norm or "layer_norm",
             norm_eps=config.norm_eps,
             pre_norm=config.pre_norm,
+            branch_scale=config.branch_scale,
         )
 
     @property
@@ -512,6 +517,7 @@ class TritonMLP(StandIn):
             activation=config.activation,
             norm=before,
             carry_normed=not config.pre_norm,
+            branch_scale=config.branch_scale,
             early=early,
         )
 
@@ -628,6 +634,7 @@ class TritonMLP(StandIn):
             **parts,  # pyright: ignore[reportArgumentType]
             activation=config.activation,
             pre_norm=config.pre_norm,
+            branch_scale=config.branch_scale,
         )
 
 

@@ -50,17 +50,21 @@ def compose(
     down: Callable[[Tensor], Tensor],
     activation: str,
     pre_norm: bool,
+    branch_scale: float = 1.0,
 ) -> Tensor:
     """The MLP of DESIGN §3 in PyTorch, differentiable, from callables for its parts.
 
     With `norm`: s = input + bias + residual, u = norm(s), MLP(u) + (s if pre_norm else u).
     With `residual_norm`: MLP(residual_norm) + input + bias + residual.
     With neither: MLP(input) + residual.
+    branch_scale multiplies what joins a residual: input + bias, and the MLP.
     """
     total = input
     if norm is not None or residual_norm is not None:
         if bias is not None:
             total = total + bias
+        if branch_scale != 1.0:
+            total = total * branch_scale
         if residual is not None:
             total = residual + total
     x, carry = input, residual
@@ -72,6 +76,8 @@ def compose(
     act = activation_function(activation)
     hidden = up(x) if gate is None else act(gate(x)) * up(x)
     output = down(act(hidden) if gate is None else hidden)
+    if branch_scale != 1.0:
+        output = output * branch_scale
     return output if carry is None else carry + output
 
 
@@ -214,10 +220,17 @@ def _mlp_gemm(
     norm: str,
     norm_eps: float,
     pre_norm: bool,
+    branch_scale: float = 1.0,
 ) -> Tensor:
     weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias)
     if not kernels_apply(input):
-        op = MLPGemmOp(activation=activation, norm=norm, norm_eps=norm_eps, pre_norm=pre_norm)
+        op = MLPGemmOp(
+            activation=activation,
+            norm=norm,
+            norm_eps=norm_eps,
+            pre_norm=pre_norm,
+            branch_scale=branch_scale,
+        )
         return op.compose(input, weights, residual, bias)
     with on_device(input):
         out = launchers.normed_mlp(
@@ -229,6 +242,7 @@ def _mlp_gemm(
             norm=norm,
             norm_eps=norm_eps,
             pre_norm=pre_norm,
+            branch_scale=branch_scale,
         )
     return out.view(input.shape)
 
@@ -339,6 +353,8 @@ class MLPGemmOp:
 
     s = input + bias + residual; u = norm(s); act(u·upᵀ + up_bias)·downᵀ + down_bias + carry, where
     carry is s with `pre_norm` and u without. Two kernels for one token, three for more.
+    branch_scale, which needs pre_norm, multiplies input + bias and the second product with its
+    bias; other than 1 it takes two kernels more.
     """
 
     def __init__(
@@ -348,6 +364,7 @@ class MLPGemmOp:
         norm: str = "layer_norm",
         norm_eps: float = 1e-5,
         pre_norm: bool = True,
+        branch_scale: float = 1.0,
     ) -> None:
         activation_function(activation)
         if norm not in NORMS:
@@ -355,7 +372,10 @@ class MLPGemmOp:
         self.activation = activation
         self.norm = norm
         self.norm_eps = norm_eps
+        if branch_scale != 1.0 and not pre_norm:
+            raise ValueError(f"branch_scale {branch_scale} needs a pre-norm MLP")
         self.pre_norm = pre_norm
+        self.branch_scale = branch_scale
 
     def __call__(
         self,
@@ -383,6 +403,7 @@ class MLPGemmOp:
             self.norm,
             self.norm_eps,
             self.pre_norm,
+            self.branch_scale,
         )
 
     def compose(
@@ -398,6 +419,7 @@ class MLPGemmOp:
             **projection_functions(weights),  # pyright: ignore[reportArgumentType]
             activation=self.activation,
             pre_norm=self.pre_norm,
+            branch_scale=self.branch_scale,
         )
 
     def reference(

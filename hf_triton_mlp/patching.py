@@ -352,6 +352,7 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         norm=None if norm is None else spec.norm_kind,
         norm_eps=1e-5 if epsilon is None else epsilon,
         pre_norm=spec.pre_norm(layer),
+        branch_scale=spec.branch_scale(layer) if depth == "layer" else 1.0,
         up_bias=getattr(up, "bias", None) is not None,
         down_bias=getattr(down, "bias", None) is not None,
     )

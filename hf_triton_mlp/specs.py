@@ -57,6 +57,10 @@ def _pre_norm(layer: nn.Module) -> bool:
     return True
 
 
+def _unscaled(layer: nn.Module) -> float:
+    return 1.0
+
+
 def _supported(layer: nn.Module) -> str | None:
     return None
 
@@ -81,6 +85,7 @@ class MLPSpec:
         where a fused layer calls its norms itself.
     norm_kind, norm_class: what that norm computes, as in MLPConfig, and the class which does.
     pre_norm: whether the residual is what enters that norm, given the layer.
+    branch_scale: what a fused layer multiplies attention and MLP by, given the layer.
     refuse: the reason why this layer cannot be patched, or None.
     """
 
@@ -99,6 +104,7 @@ class MLPSpec:
     norm_kind: str = "layer_norm"
     norm_class: str = "torch.nn.modules.normalization.LayerNorm"
     pre_norm: Callable[[Any], bool] = _pre_norm
+    branch_scale: Callable[[Any], float] = _unscaled
     refuse: Callable[[Any], str | None] = _supported
 
     def projections(self, layer: nn.Module) -> Projections:

@@ -1,5 +1,6 @@
 """Llama, and the families whose decoder layers or MLPs are Llama's under other names."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -17,8 +18,12 @@ class FusedLlamaDecoderLayer(FusedLayer):
     #: The norm in front of the MLP.
     norm_name = "post_attention_layernorm"
 
+    def rest(self, hidden_states: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        """What follows the attention, as `TritonMLP.fuse` returns it."""
+        return self.mlp.fuse(hidden_states, getattr(self, self.norm_name))
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        rest = self.mlp.fuse(hidden_states, getattr(self, self.norm_name))
+        rest = self.rest(hidden_states)
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
         attention, _ = self.self_attn(
@@ -31,6 +36,17 @@ class FusedVaultGemmaDecoderLayer(FusedLlamaDecoderLayer):
     """Llama's layer, whose second norm has another name."""
 
     norm_name = "pre_feedforward_layernorm"
+
+
+class FusedGraniteDecoderLayer(FusedLlamaDecoderLayer):
+    """Llama's layer, whose attention and MLP are multiplied before they join the residual."""
+
+    residual_multiplier: float
+
+    def rest(self, hidden_states: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        if self.residual_multiplier != self.mlp.mlp_config.branch_scale:  # changed since the patch
+            return None
+        return super().rest(hidden_states)
 
 
 #: Families with Llama's layer, MLP and RMSNorm: (family, layer, MLP, norm).
@@ -63,6 +79,24 @@ LAYERS = (
     ("youtu", "YoutuDecoderLayer", "YoutuMLP", "YoutuRMSNorm"),
 )
 
+#: Families with Granite's layer: Llama's but for a multiplier of what joins the residual.
+GRANITES = (
+    ("granite", "GraniteDecoderLayer", "GraniteMLP", "GraniteRMSNorm"),
+    (
+        "granite4_vision",
+        "Granite4VisionTextDecoderLayer",
+        "Granite4VisionTextMLP",
+        "Granite4VisionTextRMSNorm",
+    ),
+    (
+        "granite_docling",
+        "GraniteDoclingTextDecoderLayer",
+        "GraniteDoclingTextMLP",
+        "GraniteDoclingTextRMSNorm",
+    ),
+    ("granite_swa", "GraniteSWADecoderLayer", "GraniteSWAMLP", "GraniteSWARMSNorm"),
+)
+
 #: Families with Llama's MLP in a layer, or behind a norm, of their own: (family, layer, MLP).
 MLPS = (
     ("blt", "BltTransformerLayer", "BltMLP"),
@@ -75,8 +109,6 @@ MLPS = (
     ("exaone4_5", "Exaone4_5_DecoderLayer", "Exaone4_5_MLP"),
     ("gemma2", "Gemma2DecoderLayer", "Gemma2MLP"),
     ("gemma3", "Gemma3DecoderLayer", "Gemma3MLP"),
-    ("granite", "GraniteDecoderLayer", "GraniteMLP"),
-    ("granite_swa", "GraniteSWADecoderLayer", "GraniteSWAMLP"),
     ("helium", "HeliumDecoderLayer", "HeliumMLP"),
     ("hrm_text", "HrmTextDecoderLayer", "HrmTextMLP"),
     ("hyperclovax", "HyperCLOVAXDecoderLayer", "HyperCLOVAXMLP"),
@@ -110,6 +142,8 @@ def _spec(
             "norm_kind": norm_kind,
             "norm_class": f"{module}.{norm}",
         }
+    if fused_layer is FusedGraniteDecoderLayer:
+        fused["branch_scale"] = lambda layer: layer.residual_multiplier
     return MLPSpec(
         family=family,
         layer_class=f"{module}.{layer}",
@@ -136,4 +170,8 @@ GEMMAS = (
     ),
 )
 
-SPECS = (*(_spec(*names) for names in (*LAYERS, *MLPS)), *GEMMAS)
+SPECS = (
+    *(_spec(*names) for names in (*LAYERS, *MLPS)),
+    *GEMMAS,
+    *(_spec(*names, fused_layer=FusedGraniteDecoderLayer) for names in GRANITES),
+)

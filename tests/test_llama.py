@@ -1,6 +1,7 @@
 """What patches/llama.py says about the installed transformers, and layers called by hand."""
 
 import ast
+import copy
 import importlib
 import inspect
 import re
@@ -25,6 +26,7 @@ from transformers.models.llama import modeling_llama
 from hf_triton_mlp import TritonMLP, patch_model, patch_report
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patches.llama import (
+    FusedGraniteDecoderLayer,
     FusedLlamaDecoderLayer,
     FusedVaultGemmaDecoderLayer,
 )
@@ -72,10 +74,14 @@ def without_arguments(layer: str) -> str:
 
 MLP = body(modeling_llama.LlamaMLP).removesuffix("\nreturn down_proj")
 LAYER = body(modeling_llama.LlamaDecoderLayer)
+MULTIPLIED = " + x * self.residual_multiplier"
 
 #: What makes a layer's body Llama's, by the short forward that takes its place.
 AS_LLAMAS: dict[type[FusedLayer], Callable[[str], bool]] = {
     FusedLlamaDecoderLayer: lambda found: found == LAYER,
+    FusedGraniteDecoderLayer: lambda found: (
+        found.count(MULTIPLIED) == 2 and found.replace(MULTIPLIED, " + x") == LAYER
+    ),
     FusedVaultGemmaDecoderLayer: lambda found: (
         without_arguments(found).replace("pre_feedforward_layernorm", "post_attention_layernorm")
         == without_arguments(LAYER)
@@ -125,6 +131,20 @@ def test_arguments_by_position_and_by_name() -> None:
         layer.mlp.proving = True  # the short forward, on the CPU too
         for name, call in calls.items():
             torch.testing.assert_close(call(), expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_another_multiplier_than_there_was_is_seen() -> None:
+    model = tiny.build_variant("granite")
+    other = copy.deepcopy(model)
+    layers = tiny.decoder_layers("llama", patch_model(model))
+    for layer in layers:
+        assert layer.mlp.mlp_config.branch_scale == 0.3
+        layer.mlp.proving = True  # the short forward, on the CPU too
+    for layer in (*layers, *tiny.decoder_layers("llama", other)):
+        layer.residual_multiplier = 0.7
+    with torch.no_grad():
+        found, expected = (each(**tiny.batch()).logits for each in (model, other))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 #: Families whose language model can be made tiny by the fields that Llama's config has too.

@@ -535,6 +535,8 @@ class TestBadInput:
         ({"activation": "mish"}, ValueError, "mish.*supported.*gelu_new"),
         ({"norm": "batch_norm"}, ValueError, "batch_norm.*supported.*rms_norm"),
         ({"norm_eps": -1.0}, ValueError, "norm_eps"),
+        ({"branch_scale": 0.5, "norm": None}, ValueError, "branch_scale 0.5.*norm"),
+        ({"branch_scale": 0.5, "pre_norm": False}, ValueError, "branch_scale 0.5.*pre_norm"),
         ({"dtype": torch.float64}, ValueError, "float64.*supported"),
         ({"dtype": torch.int8}, ValueError, "int8.*supported"),
     ],

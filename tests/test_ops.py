@@ -11,11 +11,12 @@ import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-from hf_triton_mlp import tuning
+from hf_triton_mlp import bound, tuning
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import (
     NO_SUMMANDS,
+    Launch,
     Norm,
     Summands,
     launch,
@@ -184,6 +185,52 @@ def test_an_offset_norm_is_gemmas(device: str, tokens: int, pre_norm: bool) -> N
         plain = MLPGemmOp(norm="rms_norm", **options)(x, absent)
         torch.testing.assert_close(op(x, absent), plain, rtol=0, atol=0)
         torch.testing.assert_close(op.compose(x, absent, None, None), plain, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_what_joins_a_residual_may_be_scaled(device: str, dtype: torch.dtype, tokens: int) -> None:
+    for gated, summand in ((True, True), (False, False)):
+        weights = mlp_weights(40, 48, dtype, device, gated=gated)
+        op = MLPGemmOp(activation="silu", norm="rms_norm", branch_scale=0.3)
+        check_mlp_gemm(op, weights, tokens, residual=summand, bias=not summand)
+    x = torch.randn(tokens, 40).to(weights.up)
+    with torch.no_grad():
+        expected = MLPGemmOp(activation="silu", norm="rms_norm", norm_eps=1e-5 / 0.3**2)(x, weights)
+        torch.testing.assert_close(op(x, weights), 0.3 * expected, rtol=5e-3, atol=5e-3)
+    with pytest.raises(ValueError, match=r"0\.3.*pre-norm"):
+        MLPGemmOp(activation="silu", pre_norm=False, branch_scale=0.3)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the proof of each patch runs them")
+@pytest.mark.parametrize("name", ["skinny", "tiled"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_bound_launches_scale_it_too(
+    name: str, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {"skinny": Plan(kernel="skinny", block_n=4, block_k=64), "tiled": PLANS["three splits"]}
+    monkeypatch.setattr(tuning, "plan", lambda *arguments: plan[name])
+    calls: list[Launch] = []
+    monkeypatch.setattr(bound, "bind", lambda call, moving: calls.append(call) or launch(call))
+    weights = mlp_weights(40, 48, torch.float16, "cpu", gated=True, bias=False)
+    x, r = torch.randn(2, 2, 40).to(weights.up)
+    summand = r if residual else None
+    bound.DecodeMLP(weights.up).bind(
+        x,
+        summand,
+        (weights.up, None),
+        (weights.gate, None),
+        (weights.down, None),
+        activation="silu",
+        norm=("rms_norm", weights.norm_weight, None, 1e-5),
+        carry_normed=False,
+        branch_scale=0.3,
+        early=False,
+    )
+    op = MLPGemmOp(activation="silu", norm="rms_norm", branch_scale=0.3)
+    weights = weights._replace(norm_bias=None)
+    assert torch.equal(calls[-1].tensors[-1], op(x, weights, summand))
 
 
 @pytest.mark.parametrize("device", DEVICES)

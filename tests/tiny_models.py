@@ -12,6 +12,8 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -47,6 +49,7 @@ CAUSAL: dict[str, type[PreTrainedModel]] = {
     "qwen3": Qwen3ForCausalLM,
     "smollm3": SmolLM3ForCausalLM,
     "gemma": GemmaForCausalLM,
+    "granite": GraniteForCausalLM,
     "olmo2": Olmo2ForCausalLM,
 }
 
@@ -58,6 +61,7 @@ LLAMA_SHAPED: dict[str, type[PretrainedConfig]] = {
     "qwen3": Qwen3Config,
     "smollm3": SmolLM3Config,
     "gemma": GemmaConfig,
+    "granite": GraniteConfig,
 }
 LLAMA_MLPS: dict[str, type[PretrainedConfig]] = {"olmo2": Olmo2Config}
 
@@ -146,6 +150,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"intermediate_size": 51}),
     "smollm3": ("smollm3", {}),
     "gemma": ("gemma", {}),
+    "granite": ("granite", {"residual_multiplier": 0.3, "mlp_bias": True}),
     "olmo2": ("olmo2", {}),
 }
 
