@@ -35,6 +35,7 @@ from hf_triton_mlp.reading import (
     read_epsilon,
     read_parameters,
     read_projection,
+    split_packed,
     stored_by_output,
 )
 
@@ -246,12 +247,14 @@ class TritonMLP(StandIn):
         up: str,
         down: str,
         gate: str | None = None,
+        packed: str | None = None,
         norm_class: type[nn.Module] | None = None,
     ) -> None:
         """Turn an `original_class` module into this subclass: same object, children and hooks.
 
         Conv1D weights (in, out) keep their values and shape, but lie in memory as nn.Linear's do:
         each output's weights together, which is how the kernels read fastest.
+        packed: "gate_up" or "up_gate" where `up` has the rows of both, in this order.
         norm_class: what computes config.norm; a norm of another class is called, never read.
         """
         names = [name for name in (up, gate, down) if name is not None]
@@ -259,7 +262,7 @@ class TritonMLP(StandIn):
         change_class(module, cls)
         assert isinstance(module, TritonMLP)
         module._configure(config, norm_class)
-        module.projection_names = (up, gate, down)
+        module.projection_names, module.packed = (up, gate, down), packed
         module._adopted = {name: type(child) for name, child in module._modules.items()}
         for name, weight in rows.items():
             if weight is not None:
@@ -280,6 +283,7 @@ class TritonMLP(StandIn):
             "proving",
             "verified",
             "projection_names",
+            "packed",
             "_gelu_gemm",
             "_mlp_gemm",
             "_bound",
@@ -301,6 +305,7 @@ class TritonMLP(StandIn):
         self._adopted: dict[str, type] = {}
         self._stored_by_output: list[str] = []
         self.projection_names: tuple[str | None, ...] | None = None
+        self.packed: str | None = None
         self._gelu_gemm = GELUGemmOp(activation=config.activation)
         self._mlp_gemm = MLPGemmOp(
             activation=config.activation,
@@ -554,6 +559,11 @@ class TritonMLP(StandIn):
         gate_read = (None, None) if gate is None else read_projection(gate)
         if up_read is None or down_read is None or gate_read is None:
             return None
+        if self.packed is not None:
+            weights, biases = split_packed(self.packed, up_read[0]), (None, None)
+            if up_read[1] is not None:
+                biases = split_packed(self.packed, up_read[1])
+            up_read, gate_read = zip(weights, biases, strict=True)
         norm_weight = norm_bias = None
         if norm is not None:
             if (
@@ -635,6 +645,7 @@ class TritonMLP(StandIn):
             activation=config.activation,
             pre_norm=config.pre_norm,
             branch_scale=config.branch_scale,
+            packed=self.packed,
         )
 
 
@@ -647,12 +658,14 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
 
 
-def check_projections(config: MLPConfig, projections: Projections) -> None:
+def check_projections(
+    config: MLPConfig, projections: Projections, packed: str | None = None
+) -> None:
     """Raise ValueError unless the plain projections fit each other and the config's sizes."""
     H, I = config.hidden_size, config.intermediate_size  # noqa: E741
     up, gate, down = projections
     for name, module, expected in (
-        ("up", up, (I, H)),
+        ("up", up, (I if packed is None else 2 * I, H)),
         ("gate", gate, (I, H)),
         ("down", down, (H, I)),
     ):

@@ -17,6 +17,7 @@ from hf_triton_mlp import launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import MLPWeights, Summands, linear, on_device, rows
+from hf_triton_mlp.reading import split_packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = ("layer_norm", "rms_norm", "rms_norm_offset")
@@ -51,6 +52,7 @@ def compose(
     activation: str,
     pre_norm: bool,
     branch_scale: float = 1.0,
+    packed: str | None = None,
 ) -> Tensor:
     """The MLP of DESIGN §3 in PyTorch, differentiable, from callables for its parts.
 
@@ -58,6 +60,7 @@ def compose(
     With `residual_norm`: MLP(residual_norm) + input + bias + residual.
     With neither: MLP(input) + residual.
     branch_scale multiplies what joins a residual: input + bias, and the MLP.
+    packed: `up` computes the gate too, in this order (`split_packed`).
     """
     total = input
     if norm is not None or residual_norm is not None:
@@ -74,8 +77,12 @@ def compose(
     elif residual_norm is not None:
         x, carry = residual_norm, total
     act = activation_function(activation)
-    hidden = up(x) if gate is None else act(gate(x)) * up(x)
-    output = down(act(hidden) if gate is None else hidden)
+    if packed is not None:
+        values, gates = split_packed(packed, up(x), dim=-1)
+        hidden = act(gates) * values
+    else:
+        hidden = act(up(x)) if gate is None else act(gate(x)) * up(x)
+    output = down(hidden)
     if branch_scale != 1.0:
         output = output * branch_scale
     return output if carry is None else carry + output

@@ -337,7 +337,7 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
 
     up, gate, down = spec.projections(layer)
     norm = _norm(spec, layer) if depth == "layer" else None
-    hidden, intermediate = _sizes(name, up, down, norm)
+    hidden, intermediate = _sizes(name, up, down, norm, packed=spec.packed is not None)
     epsilon = None if norm is None else read_epsilon(norm)
     weight = getattr(up, "weight", None)
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
@@ -348,7 +348,7 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         intermediate_size=intermediate,
         dtype=dtype if dtype in DTYPES else torch.float32,
         activation=_activation_name(spec, name, layer),
-        gated=gate is not None,
+        gated=gate is not None or spec.packed is not None,
         norm=None if norm is None else spec.norm_kind,
         norm_eps=1e-5 if epsilon is None else epsilon,
         pre_norm=spec.pre_norm(layer),
@@ -357,7 +357,7 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         down_bias=getattr(down, "bias", None) is not None,
     )
     try:
-        check_projections(config, (up, gate, down))
+        check_projections(config, (up, gate, down), spec.packed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return _Swap(spec, name, layer, config, depth)
@@ -384,16 +384,21 @@ def _check_forward(name: str, module: nn.Module) -> None:
         )
 
 
-def _sizes(name: str, up: nn.Module, down: nn.Module, norm: nn.Module | None) -> tuple[int, int]:
+def _sizes(
+    name: str, up: nn.Module, down: nn.Module, norm: nn.Module | None, *, packed: bool
+) -> tuple[int, int]:
     """(hidden, intermediate) from the plain projections, or from what wrappers tell."""
     up_read, down_read = read_projection(up), read_projection(down)
     if up_read is not None:
         intermediate, hidden = up_read[0].shape
+        intermediate //= 1 + packed
     elif down_read is not None:
         hidden, intermediate = down_read[0].shape
     else:
         hidden = getattr(up, "in_features", getattr(up, "nx", None))
         intermediate = getattr(up, "out_features", getattr(up, "nf", None))
+        if isinstance(intermediate, int):
+            intermediate //= 1 + packed
     if not isinstance(hidden, int) or not isinstance(intermediate, int):
         raise ValueError(
             f"{name}: the sizes of the up projection ({type(up).__name__}) are unknown; "
@@ -526,7 +531,7 @@ def _adopt(swap: _Swap, mlp: Any) -> TritonMLP:
     """Turn the MLP module of a layer into a TritonMLP."""
     spec = swap.spec
     norm_class = _norm_class(spec) if swap.depth == "layer" else None
-    names = {"up": spec.up, "gate": spec.gate, "down": spec.down}
+    names = {"up": spec.up, "gate": spec.gate, "down": spec.down, "packed": spec.packed}
     kind = structure.FoundMLP if _by_structure(spec) else TritonMLP
     stand_in(kind, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
     if isinstance(mlp, structure.FoundMLP):
@@ -589,7 +594,8 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if not weight.is_cuda:
         plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
         return PatchRow(name, replaced, dtype, device, plan, verified, reason)
-    up_plan = plan_linear(1, weight, gated=gate is not None)
+    config = mlp.mlp_config
+    up_plan = plan_linear(1, weight[: config.intermediate_size], gated=config.gated)
     down_plan = plan_linear(1, (read_projection(down) or read)[0])
     plan = f"decode: {up_plan}; {down_plan}"
     return PatchRow(name, replaced, dtype, device, plan, verified, "")

@@ -56,6 +56,15 @@ def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     return read[0].t() if cls is Conv1D else read[0], read[1]
 
 
+def split_packed(packed: str, both: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """The up and the gate half, views, of what a projection has of both: rows or results.
+
+    packed: which comes first, "gate_up" or "up_gate".
+    """
+    first, second = both.chunk(2, dim)
+    return (second, first) if packed == "gate_up" else (first, second)
+
+
 def read_epsilon(norm: nn.Module) -> float | None:
     """What a norm adds to the variance: torch's classes name it eps, most RMSNorms otherwise."""
     for name in EPSILONS:

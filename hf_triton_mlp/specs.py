@@ -79,6 +79,7 @@ class MLPSpec:
     mlp, mlp_class: the MLP module ("": the layer is one); None when the layer computes its MLP
         inline, and then up and down are children of the layer, not of the MLP.
     gate: the projection that the activation takes in a gated MLP.
+    packed: "gate_up" or "up_gate" where `up` has the rows of both, in this order, and gate is None.
     activation: the activation module, a path from the layer.
     activations: the family's own activation classes, by the name that they compute.
     norm: the norm in front of the MLP, given the layer (post-norm layers take another one); None
@@ -98,6 +99,7 @@ class MLPSpec:
     up: str
     down: str
     gate: str | None = None
+    packed: str | None = None
     activation: str
     activations: tuple[tuple[str, str], ...] = ()
     norm: Callable[[Any], str | None] | None = None

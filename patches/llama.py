@@ -123,7 +123,7 @@ MLPS = (
 )
 
 
-def _spec(
+def like_llama(
     family: str,
     layer: str,
     mlp: str,
@@ -132,6 +132,7 @@ def _spec(
     norm_kind: str = "rms_norm",
     fused_layer: type[FusedLlamaDecoderLayer] = FusedLlamaDecoderLayer,
 ) -> MLPSpec:
+    """The spec of a family with Llama's MLP, and with a norm its layer, or one like it."""
     module = f"transformers.models.{family}.modeling_{family}"
     fused: dict[str, Any] = {}
     if norm is not None:
@@ -159,8 +160,10 @@ def _spec(
 
 #: Gemma's layer is Llama's with RMSNorms that multiply by 1 + weight.
 GEMMAS = (
-    _spec("gemma", "GemmaDecoderLayer", "GemmaMLP", "GemmaRMSNorm", norm_kind="rms_norm_offset"),
-    _spec(
+    like_llama(
+        "gemma", "GemmaDecoderLayer", "GemmaMLP", "GemmaRMSNorm", norm_kind="rms_norm_offset"
+    ),
+    like_llama(
         "vaultgemma",
         "VaultGemmaDecoderLayer",
         "VaultGemmaMLP",
@@ -171,7 +174,7 @@ GEMMAS = (
 )
 
 SPECS = (
-    *(_spec(*names) for names in (*LAYERS, *MLPS)),
+    *(like_llama(*names) for names in (*LAYERS, *MLPS)),
     *GEMMAS,
-    *(_spec(*names, fused_layer=FusedGraniteDecoderLayer) for names in GRANITES),
+    *(like_llama(*names, fused_layer=FusedGraniteDecoderLayer) for names in GRANITES),
 )
