@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MoonshineConfig, Phi3Config
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.moonshine.modeling_moonshine import MoonshineDecoderMLP
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import MLPConfig, TritonMLP
@@ -239,6 +241,33 @@ def test_a_gated_mlp_with_an_rms_norm(device: str) -> None:
         torch.testing.assert_close(mlp(a, r, norm=norm), mlp(norm(a + r)) + a + r, **CLOSE)
     mlp.release()
     assert type(mlp) is LlamaMLP and set(vars(mlp)) == set(vars(LlamaMLP(LlamaConfig(**sizes))))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("cls", [Phi3MLP, MoonshineDecoderMLP], ids=lambda cls: cls.__name__)
+def test_a_projection_with_the_rows_of_two(cls: type[nn.Module], device: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": H, "intermediate_size": I}
+    if cls is Phi3MLP:
+        mlp, names = cls(Phi3Config(**sizes, pad_token_id=0)), ("gate_up_proj", "down_proj")
+    else:
+        mlp, names = cls(MoonshineConfig(**sizes), "silu"), ("fc1", "fc2")
+    mlp = mlp.to(device).eval()
+    x, r = torch.randn(2, 3, H, device=device)
+    bias = cls is not Phi3MLP
+    config = MLPConfig(**sizes, activation="silu", gated=True, norm=None, up_bias=bias)
+    packed = "up_gate" if bias else "gate_up"
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.normal_(0, 0.4)
+        expected = mlp(x)
+        stand_in(TritonMLP, cls).adopt(mlp, config, up=names[0], down=names[1], packed=packed)
+        weights = mlp._weights(None, None)
+        assert weights.up.shape == weights.gate.shape == (I, H)
+        torch.testing.assert_close(mlp(x), expected, **CLOSE)
+        torch.testing.assert_close(mlp(x, residual_norm=r), mlp(r) + x, **CLOSE)
+    mlp.release()
+    assert type(mlp) is cls and "packed" not in vars(mlp)
 
 
 @pytest.mark.parametrize("other", [GemmaRMSNorm, nn.RMSNorm, nn.LayerNorm])

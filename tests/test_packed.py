@@ -17,7 +17,6 @@ from transformers.models.moonshine import modeling_moonshine
 from transformers.models.phi3 import modeling_phi3
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report, unpatch_model
-from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patches.llama import FusedLlamaDecoderLayer
 from hf_triton_mlp.patches.packed import FusedPhi3DecoderLayer
@@ -253,14 +252,3 @@ def test_dropout_acts_in_training(device: str) -> None:
             with torch.no_grad():
                 found.append(each(**tiny.batch(device)).logits)
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
-@pytest.mark.parametrize("family", ["phi3", "moonshine"])
-def test_interpreted_halves(family: str) -> None:
-    found = layers(family, "cpu")
-    twin = copy.deepcopy(found)[0].mlp
-    mlp = patch_model(found, depth="mlp", verify=False)[0].mlp
-    x = torch.randn(1, 2, 24, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(mlp(x), twin(x), rtol=1e-4, atol=1e-4)
