@@ -5,6 +5,7 @@ Triton needs no GPU to make machine code, and ptxas comes with it.
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,16 @@ def test_default_plans_compile(
     plans = choose(up, capability), choose(down, capability)
     for call in launches(case, tokens, torch.float16, plans):
         check_compiles(call, capability, tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
+    case = replace(CASES["gpt2"], norm="rms_norm_offset", gated=True)
+    plans = STREAMS["gpt2", 2] if tokens == 8 else None
+    linears = autotune.linears(case, tokens, torch.float16)
+    up, down = plans or (choose(linear, (9, 0)) for linear in linears)
+    for call in launches(case, tokens, torch.float16, (up, down)):
+        check_compiles(call, (9, 0), tmp_path)
 
 
 @pytest.mark.parametrize(
