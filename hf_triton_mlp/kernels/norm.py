@@ -95,10 +95,10 @@ def apply_affine(u, scale, shift, NORM: tl.constexpr):
 
     The sum is not stored: in 16 bits it would have lost the weight's last digits.
     """
-    scale = scale.to(tl.float32)
+    scale = widen(scale)
     if NORM == "rms_norm_offset":
         scale += 1.0
-    return u * scale + shift.to(tl.float32)
+    return u * scale + widen(shift)
 
 
 @triton.jit
