@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/hf-triton-mlp demo
 
 test: $(VENV)/installed
-	$(RUN) pytest
+	$(RUN) pytest -n 2 --dist worksteal
 
 check: $(VENV)/installed
 	$(RUN) ruff check .
