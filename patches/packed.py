@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_triton_mlp.patches.llama import FusedLlamaDecoderLayer, like_llama
 from hf_triton_mlp.patching import MLPSpec
 from hf_triton_mlp.reading import is_plain
+
+from .llama import FusedLlamaDecoderLayer, like_llama
 
 
 class FusedPhi3DecoderLayer(FusedLlamaDecoderLayer):

@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
+from hf_triton_mlp.patches.llama import (
+    FusedGraniteDecoderLayer,
+    FusedLlamaDecoderLayer,
+    FusedVaultGemmaDecoderLayer,
+)
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -25,11 +30,6 @@ from transformers.models.llama import modeling_llama
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report
 from hf_triton_mlp.mlp import FusedLayer
-from hf_triton_mlp.patches.llama import (
-    FusedGraniteDecoderLayer,
-    FusedLlamaDecoderLayer,
-    FusedVaultGemmaDecoderLayer,
-)
 from hf_triton_mlp.patching import MLPSpec, specs
 
 LLAMA_SHAPED = [spec for spec in specs() if spec.gate == "gate_proj"]

@@ -444,7 +444,8 @@ def test_launches_that_are_bound_beside_an_attention(
         DecodeMLP(w.up).bind(
             attention, residual, normed,
             (w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias),
-            activation=mlp.mlp_config.activation, norm=None, carry_normed=False, early=True,
+            activation=mlp.mlp_config.activation, norm=None, carry_normed=False, branch_scale=1.0,
+            early=True,
         )  # fmt: skip
         exact = expected(mlp, attention, residual, normed, None)
         torch.testing.assert_close(moving[3].double(), exact, **CLOSE)

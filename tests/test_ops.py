@@ -219,6 +219,7 @@ def test_bound_launches_scale_it_too(
     bound.DecodeMLP(weights.up).bind(
         x,
         summand,
+        None,
         (weights.up, None),
         (weights.gate, None),
         (weights.down, None),
