@@ -27,6 +27,12 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.models.clip.configuration_clip import CLIPConfig
+from transformers.models.falcon_h1 import FalconH1Config
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
+from transformers.models.gemma3n import Gemma3nTextConfig
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextMLP
+from transformers.models.lfm2 import Lfm2Config
+from transformers.models.lfm2.modeling_lfm2 import Lfm2MLP
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.pytorch_utils import Conv1D
 
@@ -590,3 +596,47 @@ def test_experts_alone(verify: bool) -> None:
     assert tree(model) == before
     reason = "mixture of experts (MixtralSparseMoeBlock)"
     assert summary(model) == [(f"model.layers.{i}.mlp", "-", reason) for i in range(2)]
+
+
+# --- known look-alikes of transformers ---------------------------------------------------------
+
+
+def falcon_h1(*multipliers: float) -> nn.Module:
+    config = FalconH1Config(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, mlp_multipliers=list(multipliers)
+    )
+    return FalconH1MLP(config)
+
+
+def gemma3n(sparsity: float) -> nn.Module:
+    config = Gemma3nTextConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        activation_sparsity_pattern=[sparsity],
+    )
+    return Gemma3nTextMLP(config)
+
+
+def lfm2() -> nn.Module:
+    return Lfm2MLP(Lfm2Config(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE))
+
+
+@pytest.mark.parametrize(
+    ("mlp", "roles"),
+    [
+        (lambda: falcon_h1(1.0, 1.0), ("up_proj", "gate_proj", "down_proj")),
+        (lambda: falcon_h1(0.5, 1.0), None),
+        (lambda: falcon_h1(1.0, 2.0), None),
+        (lambda: gemma3n(0.0), ("up_proj", "gate_proj", "down_proj")),
+        (lambda: gemma3n(0.95), None),
+        (lfm2, None),  # its activation is no module
+    ],
+    ids=["falcon_h1", "falcon_h1 gate", "falcon_h1 down", "gemma3n", "gemma3n top-k", "lfm2"],
+)
+def test_look_alikes_of_transformers(
+    mlp: Callable[[], nn.Module], roles: tuple[str, ...] | None
+) -> None:
+    spec = read_mlp(mlp().eval())
+    assert (None if spec is None else (spec.up, spec.gate, spec.down)) == roles
