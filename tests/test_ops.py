@@ -398,18 +398,22 @@ def test_what_tma_cannot_address(device: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("programs", [0, 1, 3, 1000])
-@pytest.mark.parametrize("block_k", [16, 64])
+@pytest.mark.parametrize(
+    ("block_k", "programs", "lines"), [(16, 0, 1), (16, 0, 0), (64, 0, 0), (64, 1, 1), (64, 3, 0)]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_way_to_multiply_very_few_rows(
     device: str,
     dtype: torch.dtype,
-    programs: int,
     block_k: int,
+    programs: int,
+    lines: int,
     gated: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    chosen = Plan(kernel="skinny", block_n=4, block_k=block_k, programs=programs, lines=1)
+    if lines == 0 and block_k == 16 and device == "cpu":
+        pytest.skip("what is loaded early shows on a GPU only")
+    chosen = Plan(kernel="skinny", block_n=4, block_k=block_k, programs=programs, lines=lines)
     if device == "cuda":
         chosen = replace(chosen, pdl=torch.cuda.get_device_capability() >= PDL_CAPABILITY)
     for tokens, together, norm, pre_norm, bias in (
