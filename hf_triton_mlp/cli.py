@@ -414,7 +414,7 @@ def _finish(reports: dict[str, list[ValidationReport]]) -> None:
         f"{name}, {report.dtype}, {what}" for name, report in every for what in report.failures
     ]
     for failure in failures:
-        console.print(f"[red]failed:[/] {escape(failure)}")
+        console.print(f"[red]failed:[/] {escape(failure)}", soft_wrap=True)
     if failures:
         raise typer.Exit(1)
     console.print(

@@ -1,10 +1,16 @@
-"""The marker `gpu`, one thread, and the device that a test runs on."""
+"""The marker `gpu`, one thread, no terminal's width, and the device that a test runs on."""
+
+import os
 
 import pytest
 import torch
 
 # The models here are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
+
+# rich reads these once, where it is imported: how wide a terminal is must not decide a test.
+for size in ("COLUMNS", "LINES"):
+    os.environ.pop(size, None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
