@@ -9,6 +9,7 @@ if find_spec("triton") is None:
         "(CUDA builds of PyTorch bring it along)"
     )
 
+from hf_triton_mlp.decoding import graph_decode
 from hf_triton_mlp.mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, ResidualAddOp, VectorMatMulOp
 from hf_triton_mlp.patching import patch_model, patch_report, patched, unpatch_model
@@ -27,6 +28,7 @@ __all__ = [
     "ResidualAddOp",
     "TritonMLP",
     "VectorMatMulOp",
+    "graph_decode",
     "patch_model",
     "patch_report",
     "patched",

@@ -93,6 +93,8 @@ class StandIn(nn.Module):
 
     #: The class that it stands in for; its forward runs where the kernels do not.
     original_class: type[nn.Module] | None = None
+    #: Whether the subclass has the original's name, by which others know layers and models.
+    keeps_name = False
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: no module holds it under a name."""
@@ -105,6 +107,7 @@ class StandIn(nn.Module):
 class FusedLayer(StandIn):
     """A decoder layer with a short forward: its second half is one TritonMLP call."""
 
+    keeps_name = True
     mlp: Any
 
     #: The original's arguments after hidden_states: which there are depends on the version.
@@ -130,11 +133,11 @@ class FusedLayer(StandIn):
 
 @cache
 def stand_in(kind: type[StandIn], original: type[nn.Module]) -> type[Any]:
-    """The subclass of `original` with the forward of `kind`, one for each pair.
+    """The subclass of `original` with the methods of `kind`, one for each pair.
 
-    A layer's has the name of the original, by which device maps and FSDP's policies find layers.
+    Device maps and FSDP's policies find layers by their name, and configs name the model's class.
     """
-    name = original.__name__ if issubclass(kind, FusedLayer) else f"Triton{original.__name__}"
+    name = original.__name__ if kind.keeps_name else f"Triton{original.__name__}"
     doc = f"{original.__name__} as a {kind.__name__}."
     body = {"original_class": original, "__module__": kind.__module__, "__doc__": doc}
     return type(name, (kind, original), body)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hf_triton_mlp import proof, structure
+from hf_triton_mlp import decoding, proof, structure
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
 from hf_triton_mlp.mlp import (
@@ -60,16 +60,17 @@ class PatchRow:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What is patched in a model, layer by layer."""
+    """What is patched in a model, layer by layer, and how generate() decodes."""
 
     rows: tuple[PatchRow, ...]
+    decoding: str = ""
 
     def __str__(self) -> str:
         header = ("layer", "replaced", "dtype", "device", "plan", "verified", "reason")
         table = [header, *(tuple(getattr(row, name) for name in header) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join((*(line.rstrip() for line in lines), *filter(None, [self.decoding])))
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def patch_model(
     exclude: Iterable[str | int] | None = None,
     depth: str = "layer",
     verify: bool = True,
+    cuda_graphs: bool = False,
 ) -> Model:
     """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
 
@@ -104,6 +106,8 @@ def patch_model(
     verify: compare one layer of each kind with the original first, on a random token: a copy of it
     without its attention, in the model's dtype and in a wider one. In a model of which no family's
     spec names a layer, the MLPs found by their structure are replaced if they pass, and only then.
+    cuda_graphs: let `model.generate()` replay its decode steps from CUDA graphs, with transformers'
+    own results; what cannot be captured runs transformers' loop, and a log line says why.
 
     Weights are moved, not copied; state_dict keys stay as they are. Every layer is checked before
     any is replaced, so that an error leaves the model as it was. Layers that are already patched
@@ -115,6 +119,8 @@ def patch_model(
     """
     if depth not in ("layer", "mlp"):
         raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
+    if cuda_graphs:
+        decoding.generating(model)  # or an error, before anything is replaced
     found = _supported_layers(model, search=verify)
     names = _select([name for name, _, _ in found], include, exclude)
     chosen = [each for each in found if each[0] in names and _experts(*each[1:]) is None]
@@ -139,6 +145,8 @@ def patch_model(
         for swap in swaps:
             _uninstall(swap.layer, swap.spec)
         raise
+    if cuda_graphs:
+        decoding.enable(model)
     return model
 
 
@@ -146,6 +154,7 @@ def unpatch_model(model: Model) -> Model:
     """Put the original modules and classes back, the same objects; returns `model`."""
     for _, layer, spec in list(_decoder_layers(model)):
         _uninstall(layer, spec)
+    decoding.disable(model)
     return model
 
 
@@ -157,13 +166,24 @@ def patched(
     exclude: Iterable[str | int] | None = None,
     depth: str = "layer",
     verify: bool = True,
+    cuda_graphs: bool = False,
 ) -> Iterator[Model]:
     """Patch `model` for a with block, and leave it as it was; arguments as for patch_model."""
     before = [layer for _, layer, spec in _decoder_layers(model) if _triton_mlp(layer, spec)]
-    patch_model(model, include=include, exclude=exclude, depth=depth, verify=verify)
+    enabled = decoding.is_enabled(model)
+    patch_model(
+        model,
+        include=include,
+        exclude=exclude,
+        depth=depth,
+        verify=verify,
+        cuda_graphs=cuda_graphs,
+    )
     try:
         yield model
     finally:
+        if not enabled:
+            decoding.disable(model)
         for _, layer, spec in list(_decoder_layers(model)):
             if layer not in before:
                 _uninstall(layer, spec)
@@ -171,7 +191,8 @@ def patched(
 
 def patch_report(model: nn.Module) -> PatchReport:
     """What is replaced in `model` right now, and why the rest is not."""
-    return PatchReport(tuple(_row(*found) for found in _decoder_layers(model, search=True)))
+    rows = tuple(_row(*found) for found in _decoder_layers(model, search=True))
+    return PatchReport(rows, decoding.report(model))
 
 
 def mlp_configs(model: nn.Module) -> list[MLPConfig]:

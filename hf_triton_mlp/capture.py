@@ -1,0 +1,360 @@
+"""One decode step of a model, captured in a CUDA graph, and the captures that a model keeps."""
+
+import contextlib
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from hf_triton_mlp.mlp import MLPConfig
+
+#: What transformers calls a model's cache.
+CACHE = "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
+
+#: Captures that a model keeps; the one that was not used for longest goes first.
+CAPTURES = 8
+
+
+class CannotCapture(Exception):
+    """Why transformers' own loop has to run."""
+
+
+class StepShape(NamedTuple):
+    """What a captured step is for.
+
+    capacity: tokens in its cache; greedy: it chooses the next token, and `ends` is how many tokens
+    end a text; positions, logits_to_keep: which arguments the model is called with.
+    """
+
+    batch: int
+    capacity: int
+    greedy: bool
+    ends: int
+    positions: bool
+    logits_to_keep: Any
+
+
+class StaticLayer(CacheLayerMixin):
+    """Keys and values (batch, heads, capacity, head size) of one layer; `length` is for all layers.
+
+    transformers' static layers count each for itself, and those with a sliding window count on the
+    host, which a graph does not replay; here the mask alone knows of windows.
+    """
+
+    is_compileable = True
+    is_sliding = False
+    keys: Any
+    values: Any
+
+    def __init__(self, capacity: int, length: Tensor) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.length = length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        batch, heads = key_states.shape[:2]
+        self.keys, self.values = (
+            torch.zeros((batch, heads, self.capacity, states.shape[-1]), dtype=self.dtype,
+                        device=self.device)
+            for states in (key_states, value_states)
+        )  # fmt: skip
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        place = self.length.view(1)
+        self.keys.index_copy_(2, place, key_states)
+        self.values.index_copy_(2, place, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.capacity, 0
+
+    def get_seq_length(self) -> Any:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+
+class DecodeCache(StaticCache):
+    """The cache of a step; families look at the class of a cache to prepare masks."""
+
+    def __init__(self, layers: int, capacity: int, length: Tensor) -> None:
+        Cache.__init__(self, layers=[StaticLayer(capacity, length) for _ in range(layers)])
+
+
+class Step:
+    """From the last token to the next logits, or the next token, on tensors that stay in place."""
+
+    # A user's inference mode must not make tensors that outlive it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, model: Any, shape: StepShape, layers: int) -> None:
+        """Takes the step once, so that the model's layers say what their keys and values are."""
+        batch, capacity = shape.batch, shape.capacity
+        self.shape = shape
+        device = model.device
+        #: How many tokens the cache holds, and where the next one goes.
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        self.token = torch.zeros((batch, 1), dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.token) if shape.positions else None
+        #: 0 for padding; 1 also where there is no token yet, which the causal mask covers.
+        self.mask = torch.ones((batch, capacity), dtype=torch.int64, device=device)
+        self.cache: Any = DecodeCache(layers, capacity, self.length)
+        self.logits = torch.empty(0)
+        self.pad = torch.zeros((), dtype=torch.int64, device=device)
+        self.ends = torch.zeros(shape.ends, dtype=torch.int64, device=device)
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        #: The next tokens, and which texts go on after them.
+        self.report = torch.zeros((2, batch), dtype=torch.int64, device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.seconds = 0.0
+        self.run(model)
+
+    def run(self, model: Any) -> None:
+        """Take the step, launching its kernels one by one."""
+        arguments: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
+        if self.positions is not None:
+            arguments["position_ids"] = self.positions
+        if self.shape.logits_to_keep is not None:
+            arguments["logits_to_keep"] = self.shape.logits_to_keep
+        inputs = model.prepare_inputs_for_generation(
+            self.token, next_sequence_length=1, attention_mask=self.mask, **arguments
+        )
+        logits = model(**inputs, return_dict=True).logits
+        self.logits = logits[:, -1].to(dtype=torch.float32, copy=True)
+        self.length += 1
+        if self.positions is not None:
+            self.positions += 1
+        if self.shape.greedy:
+            tokens = self.logits.argmax(dim=-1)
+            if self.shape.ends:
+                tokens = torch.where(self.unfinished, tokens, self.pad)
+                self.unfinished &= (tokens[:, None] != self.ends).all(dim=-1)
+            self.token.copy_(tokens[:, None])
+            self.report[0].copy_(tokens)
+            self.report[1].copy_(self.unfinished)
+
+    def __call__(self, model: Any) -> None:
+        """Take the step: replayed, if it was captured."""
+        if self.graph is None:
+            self.run(model)
+        else:
+            self.graph.replay()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def capture(self, model: Any, pool: Any) -> None:
+        """Capture the step in a graph; ValueError if that computes other logits than `run`."""
+        device = model.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self.run(model)  # what is done at a first or second call only is done now
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may go on to use the GPU meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            self.run(model)
+        logits = self.logits
+        state = [self.length, self.token, self.unfinished]
+        state += [] if self.positions is None else [self.positions]
+        before = [tensor.clone() for tensor in state]
+        self.run(model)
+        expected = self.logits
+        torch._foreach_copy_(state, before)  # pyright: ignore[reportPrivateImportUsage]
+        graph.replay()
+        self.graph, self.logits = graph, logits
+        error, size = (logits - expected).norm(), expected.norm()
+        if not (error <= torch.finfo(model.dtype).eps ** 0.5 * size).item():
+            raise ValueError(f"replayed, it computes other logits (by {(error / size).item():.2g})")
+
+    def load(
+        self,
+        source: Any,
+        length: int,
+        token: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None,
+        unfinished: Tensor,
+    ) -> None:
+        """Go on after `length` tokens, whose keys and values `source` has.
+
+        token (batch, 1): the last one, which is not in `source`; mask (batch, length + 1) and
+        positions (batch, …, the last one last): of all tokens, None where all are looked at, and
+        where the model is called without; unfinished (batch,).
+        """
+        self._fill([(layer.keys, layer.values) for layer in source.layers], length)
+        self.token.copy_(token)
+        self.mask.fill_(1)
+        if mask is not None:
+            self.mask[:, : mask.shape[1]].copy_(mask)
+        if self.positions is not None:
+            assert positions is not None
+            self.positions.copy_(positions[..., -1:])
+        self.unfinished.copy_(unfinished)
+
+    def end_with(self, ends: Tensor | None, pad: Tensor | None) -> None:
+        """The tokens that end a text, as many as the shape says, and what follows them."""
+        if self.shape.ends:
+            assert ends is not None and pad is not None
+            self.ends.copy_(ends)
+            self.pad.copy_(pad)
+
+    def go_on_from(self, other: "Step", length: int) -> None:
+        """Take the place of a step with less capacity, after `length` tokens."""
+        self._fill([(layer.keys, layer.values) for layer in other.cache.layers], length)
+        self.mask.fill_(1)
+        self.mask[:, : other.shape.capacity].copy_(other.mask)
+        for name in ("token", "positions", "unfinished", "pad", "ends"):
+            value = getattr(other, name)
+            if value is not None:
+                getattr(self, name).copy_(value)
+
+    def _fill(self, states: list[tuple[Any, Any]], length: int) -> None:
+        """Keep the last of `length` tokens that there are, and nothing of an earlier text.
+
+        A number that is not finite would pass through the mask: its weight is 0, not its product.
+        """
+        self.length.fill_(length)
+        places, sources, rest = [], [], []
+        for layer, pair in zip(self.cache.layers, states, strict=True):
+            for own, given in zip((layer.keys, layer.values), pair, strict=True):
+                given = given[:, :, :length]
+                start = length - given.shape[2]
+                places.append(own[:, :, start:length])
+                sources.append(given)
+                rest += [own[:, :, :start], own[:, :, length:]]
+        torch._foreach_copy_(places, sources)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_zero_([part for part in rest if part.numel()])  # pyright: ignore[reportPrivateImportUsage]
+
+    def give_back(self, cache: Any, length: int) -> None:
+        """Let `cache`, of the kind that was loaded, end after `length` tokens."""
+        for own, layer in zip(self.cache.layers, cache.layers, strict=True):
+            start = 0
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                start = max(0, length - layer.sliding_window + 1)
+                layer.cumulative_length = length
+            layer.keys = own.keys[:, :, start:length].clone()
+            layer.values = own.values[:, :, start:length].clone()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the cache and of what else stays in place, without the graph's own memory."""
+        states = [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in (*states, self.mask) if tensor is not None)
+
+
+class Captures:
+    """The captured steps of one model. One thread at a time decodes with them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        self._fingerprint: Any = None
+        self._steps: OrderedDict[StepShape, Step] = OrderedDict()
+        self._pool: Any = None
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Wait until no other thread decodes; CannotCapture within a step of this thread."""
+        if self._owner == threading.get_ident():
+            raise CannotCapture("this thread is in the middle of another generate()")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def step(self, model: Any, shape: StepShape, layers: int) -> Step:
+        """The step of this shape, captured now if it was not yet."""
+        fingerprint = _fingerprint(model)
+        if fingerprint != self._fingerprint:  # other weights, or modules: forget what was captured
+            self._steps.clear()
+            self._fingerprint = fingerprint
+        step = self._steps.get(shape)
+        if step is None:
+            step = self._capture(model, shape, layers)
+            self._fingerprint = _fingerprint(model)  # the first call may have set numbers
+            self._steps[shape] = step
+            while len(self._steps) > CAPTURES:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(shape)
+        return step
+
+    def _capture(self, model: Any, shape: StepShape, layers: int) -> Step:
+        started = time.perf_counter()
+        try:
+            step = Step(model, shape, layers)
+            if model.device.type == "cuda":
+                if self._pool is None:
+                    self._pool = torch.cuda.graph_pool_handle()
+                step.capture(model, self._pool)
+        except torch.cuda.OutOfMemoryError as error:
+            self._steps.clear()
+            raise CannotCapture(f"there is no memory for {shape}") from error
+        except Exception as error:
+            raise CannotCapture(f"a step cannot be captured: {error}") from error
+        step.seconds = time.perf_counter() - started
+        return step
+
+    def __str__(self) -> str:
+        if not self._steps:
+            return "CUDA graphs: none captured yet"
+        lines = [
+            f"batch {shape.batch}, {shape.capacity} tokens"
+            f"{', greedy' if shape.greedy else ''}: {step.nbytes / 2**20:.1f} MiB of cache, "
+            f"captured in {step.seconds:.2f} s"
+            for shape, step in self._steps.items()
+        ]
+        return "CUDA graphs: " + "; ".join(lines)
+
+
+_CAPTURES: WeakKeyDictionary[nn.Module, Captures] = WeakKeyDictionary()
+
+
+def captures_of(model: nn.Module) -> Captures:
+    """What is captured of a model, for as long as that lives."""
+    return _CAPTURES.setdefault(model, Captures())
+
+
+def forget(model: nn.Module) -> None:
+    """Free what is captured of a model."""
+    _CAPTURES.pop(model, None)
+
+
+def _fingerprint(model: nn.Module) -> list[Any]:
+    """What a capture has taken in: modules, the numbers they hold, where their tensors lie."""
+    kinds = (bool, int, float, str, MLPConfig)
+    found: list[Any] = [torch.get_float32_matmul_precision()]
+    for module in model.modules():
+        found.append(type(module))
+        found += [value for value in module.__dict__.values() if type(value) in kinds]
+        for tensors in (module._parameters, module._buffers):
+            found += [
+                (t.data_ptr(), t.dtype, t.shape, t.stride())
+                for t in tensors.values()
+                if t is not None
+            ]
+    return found

@@ -1,0 +1,462 @@
+"""generate() with its decode steps in CUDA graphs: `patch_model(model, cuda_graphs=True)`.
+
+transformers prepares the call, runs the prompt and says what to return; ours is the loop in between
+(`GenerationMixin._sample`). A step of it, from the last token to the next logits, and with plain
+greedy decoding to the next token, is captured once for a batch size and a capacity of the cache
+(`capture.Step`), then replayed, while the host reads the tokens of the steps before.
+"""
+
+import functools
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers import GenerationMixin
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import logits_process as processors
+from transformers.generation import stopping_criteria as criteria
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+from hf_triton_mlp.capture import CACHE, CannotCapture, Step, StepShape, captures_of, forget
+from hf_triton_mlp.mlp import StandIn, change_class, stand_in
+from hf_triton_mlp.reading import has_own_forward
+
+logger = logging.get_logger(__name__)
+
+#: The model's arguments that a step has as its state. inputs_embeds are for the prompt alone, and
+#: tokenizer is for stopping criteria; generate() hands it on nevertheless.
+ARGUMENTS = (
+    CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds",
+    "tokenizer",
+)  # fmt: skip
+
+#: Attention that takes a mask, and so can look at a cache that is not full.
+ATTENTION = ("sdpa", "eager")
+
+#: Capacities are powers of two from this on; the first has room for that many tokens after the
+#: prompt, or as many as there may be.
+LEAST_CAPACITY = 256
+
+#: How many steps are launched before the tokens of one are read.
+STEPS_AHEAD = 2
+
+#: Run this loop, uncaptured, on the CPU too: for tests.
+ON_CPU = False
+
+#: What a captured step does itself.
+IN_THE_STEP = (criteria.EosTokenCriteria, criteria.MaxLengthCriteria)
+
+#: Processors and criteria of which no one sees that they ran for a step too many.
+STATELESS = (
+    *IN_THE_STEP,
+    criteria.MaxTimeCriteria,
+    criteria.StopStringCriteria,
+    processors.EncoderNoRepeatNGramLogitsProcessor,
+    processors.EncoderRepetitionPenaltyLogitsProcessor,
+    processors.EpsilonLogitsWarper,
+    processors.EtaLogitsWarper,
+    processors.ExponentialDecayLengthPenalty,
+    processors.ForcedBOSTokenLogitsProcessor,
+    processors.ForcedEOSTokenLogitsProcessor,
+    processors.InfNanRemoveLogitsProcessor,
+    processors.LogitNormalization,
+    processors.MinLengthLogitsProcessor,
+    processors.MinNewTokensLengthLogitsProcessor,
+    processors.MinPLogitsWarper,
+    processors.NoBadWordsLogitsProcessor,
+    processors.NoRepeatNGramLogitsProcessor,
+    processors.RepetitionPenaltyLogitsProcessor,
+    processors.SequenceBiasLogitsProcessor,
+    processors.SuppressTokensAtBeginLogitsProcessor,
+    processors.SuppressTokensLogitsProcessor,
+    processors.TemperatureLogitsWarper,
+    processors.TopKLogitsWarper,
+    processors.TopPLogitsWarper,
+    processors.TypicalLogitsWarper,
+)
+
+
+class GraphDecoding(StandIn):
+    """What `cuda_graphs=True` adds to a model's class: this loop, for greedy and sampling."""
+
+    keeps_name = True
+
+    def _sample(self, input_ids: Tensor, **arguments: Any) -> Any:
+        theirs: Any = super()
+        return _decode(self, theirs._sample, input_ids, **arguments)
+
+
+def graph_decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
+    """Decode with CUDA graphs: `model.generate(..., custom_generate=graph_decode)`.
+
+    The model need not be patched. transformers hands no streamer to a custom_generate; with
+    `patch_model(model, cuda_graphs=True)` there is no such limit, and nothing to pass.
+    Raises ValueError for a generation mode that transformers keeps outside its package.
+    """
+    mode = arguments["generation_config"].get_generation_mode()
+    method = GENERATION_MODES_MAPPING[mode]
+    if "/" in method:
+        raise ValueError(f"custom_generate=graph_decode does not know {mode.value}; leave it out")
+    theirs = functools.partial(getattr(type(model), method), model)
+    if method == "_sample":
+        return _decode(model, theirs, input_ids, **arguments)
+    _say(f"this is {mode.value}")
+    return theirs(input_ids, **arguments)
+
+
+def generating(model: nn.Module) -> nn.Module:
+    """The module of a model whose generate() it is; ValueError where there is none."""
+    for module in model.modules():
+        if isinstance(module, GenerationMixin):
+            return module
+    raise ValueError(f"cuda_graphs needs a model with generate(), found {type(model).__name__}")
+
+
+def enable(model: nn.Module) -> None:
+    """Let generate() of a model decode with CUDA graphs."""
+    module = generating(model)
+    if not isinstance(module, GraphDecoding):
+        change_class(module, stand_in(GraphDecoding, type(module)))
+
+
+def is_enabled(model: nn.Module) -> bool:
+    """Whether generate() of a model decodes with CUDA graphs where it can."""
+    return any(isinstance(module, GraphDecoding) for module in model.modules())
+
+
+def report(model: nn.Module) -> str:
+    """What is captured of a model, in one line; "" where nothing is to be."""
+    modules = [module for module in model.modules() if isinstance(module, GraphDecoding)]
+    return "\n".join(str(captures_of(module)) for module in modules)
+
+
+def disable(model: nn.Module) -> None:
+    """Undo `enable`, and free what was captured."""
+    for module in model.modules():
+        if isinstance(module, GraphDecoding):
+            assert module.original_class is not None
+            change_class(module, module.original_class)
+            forget(module)
+
+
+def _decode(model: Any, theirs: Callable[..., Any], input_ids: Tensor, **arguments: Any) -> Any:
+    """`GenerationMixin._sample` with captured steps, and `theirs` where there cannot be any."""
+    try:
+        run = _Run(model, input_ids, **arguments)
+        with run.captures.in_use():
+            # Before the prompt's forward, so that `theirs` can still start from the beginning.
+            step = run.first_step()
+            return run.generate(step)
+    except CannotCapture as reason:
+        _say(f"generate() runs transformers' own loop, without CUDA graphs: {reason}")
+    return theirs(input_ids, **arguments)
+
+
+def _say(message: str) -> None:
+    logger.warning_once(message)
+
+
+def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, Any]) -> str | None:
+    """Why a call of `generate` is not decoded in captured steps; None if it may be."""
+    cache = arguments.get(CACHE)
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    given = [name for name, value in arguments.items() if value is not None]
+    extra = [name for name in given if name not in ARGUMENTS]
+    reasons = {
+        "it is an encoder-decoder model": model.config.is_encoder_decoder,
+        f"the model is on {', '.join(sorted(map(str, places)))}": len(places) != 1
+        or not (model.device.type == "cuda" or (ON_CPU and model.device.type == "cpu")),
+        f"the tokens are on {input_ids.device}": input_ids.device != model.device,
+        f"attention is {attention!r}, supported: {', '.join(ATTENTION)}": attention
+        not in ATTENTION,
+        "the model is in training mode": model.training,
+        "autocast is on": torch.is_autocast_enabled(model.device.type),
+        "modules of the model have hooks, or forwards of their own": _has_hooks(model),
+        "attentions or hidden states are asked for": config.output_attentions
+        or config.output_hidden_states,
+        "it drafts for another model": config.is_assistant,
+        "compiling, or another cache, is asked for": config.compile_config is not None
+        or config.cache_implementation not in (None, "dynamic"),
+        f"the cache is a {type(cache).__name__}": not _is_dynamic(cache),
+        f"the model takes {', '.join(extra)}": bool(extra),
+        "position_ids has not two dimensions": getattr(arguments.get("position_ids"), "ndim", 2)
+        != 2,
+    }
+    return next((reason for reason, found in reasons.items() if found), None)
+
+
+def _has_hooks(model: Any) -> bool:
+    """Whether calls of modules run what a replayed step would not."""
+    return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
+        module._forward_hooks or module._forward_pre_hooks or has_own_forward(module)
+        for module in model.modules()
+    )
+
+
+def _is_dynamic(cache: Any) -> bool:
+    """Whether a cache has keys and values alone, of all tokens or of the last."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and len(cache.layers) > 0
+        and all(type(layer) in kinds for layer in cache.layers)
+    )
+
+
+class _Run:
+    """One call of generate(): what it asks for, and the tokens that came of it so far."""
+
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        *,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **arguments: Any,
+    ) -> None:
+        reason = obstacle(model, input_ids, generation_config, arguments)
+        if synced_gpus:
+            reason = "GPUs wait for each other after each token"
+        if reason is not None:
+            raise CannotCapture(reason)
+        self.model, self.captures = model, captures_of(model)
+        self.layers = len(arguments[CACHE].layers)
+        self.input_ids, self.prompt = input_ids, input_ids.shape[1]
+        self.processors: Any = logits_processor
+        self.criteria: Any = stopping_criteria
+        self.config, self.streamer, self.arguments = generation_config, streamer, arguments
+        self.sample: bool = generation_config.do_sample
+
+        each = (*logits_processor, *stopping_criteria)
+        self.greedy = not self.sample and all(type(one) in IN_THE_STEP for one in each)
+        in_advance = all(type(one) in STATELESS for one in each)
+        if self.sample and not input_ids.is_cuda:
+            in_advance = False  # the CPU's random numbers cannot be given back
+        self.ahead = STEPS_AHEAD if in_advance else 0
+        limits = [one.max_length for one in stopping_criteria if hasattr(one, "max_length")]
+        #: How many new tokens there may be.
+        self.limit = min(limits) - self.prompt if limits else None
+        ends = [one.eos_token_id for one in stopping_criteria if hasattr(one, "eos_token_id")]
+        self.ends = (
+            torch.cat([one.to(input_ids.device).flatten() for one in ends]) if ends else None
+        )
+        self.pad = generation_config._pad_token_tensor
+        if ends and self.pad is None:
+            raise CannotCapture("there is no padding token")
+
+        self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        recorded = generation_config.return_dict_in_generate
+        self.scores: list[Tensor] | None = (
+            [] if recorded and generation_config.output_scores else None
+        )
+        self.logits: list[Tensor] | None = (
+            [] if recorded and generation_config.output_logits else None
+        )
+        self.reports = _Reports()
+        #: Of the new texts, as far as the host has read them: a token of each, step by step.
+        self.tokens: list[list[int]] = []
+        self.launched = 0
+        self.random_offsets: list[int] = []
+
+    def first_step(self) -> Step:
+        """The captured step to begin with."""
+        length = self.input_ids.shape[1] + self.arguments[CACHE].get_seq_length()
+        for name in ("inputs_embeds", "attention_mask"):
+            given = self.arguments.get(name)
+            length = max(length, 0 if given is None else given.shape[1])
+        room = LEAST_CAPACITY if self.limit is None else min(self.limit, LEAST_CAPACITY)
+        return self.captured(length + room)
+
+    def shape(self, length: int) -> StepShape:
+        """That of a step whose cache has room for `length` tokens."""
+        return StepShape(
+            batch=self.input_ids.shape[0],
+            capacity=max(LEAST_CAPACITY, 1 << (length - 1).bit_length()),
+            greedy=self.greedy,
+            ends=0 if self.ends is None or not self.greedy else len(self.ends),
+            positions=self.arguments.get("position_ids") is not None,
+            logits_to_keep=self.arguments.get("logits_to_keep"),
+        )
+
+    def captured(self, length: int) -> Step:
+        """The captured step of this shape; CannotCapture says why there is none."""
+        with self.as_decoding():
+            return self.captures.step(self.model, self.shape(length), self.layers)
+
+    def larger(self, step: Step, length: int) -> Step:
+        """A step with more room, in the place of one whose cache is full of `length` tokens."""
+        try:
+            larger = self.captured(length + 1)
+        except CannotCapture as reason:
+            _say(f"generate() goes on without CUDA graphs: {reason}")
+            larger = Step(self.model, self.shape(length + 1), self.layers)
+        larger.go_on_from(step, length)
+        return larger
+
+    def as_decoding(self) -> AbstractContextManager[Any]:
+        """transformers' context for steps, in which experts are computed as few tokens want it."""
+        return getattr(self.model, "_optimize_model_for_decode", nullcontext)()
+
+    def generate(self, step: Step) -> Any:
+        """The prompt's forward, and steps until all texts end; returns what `_sample` does."""
+        model = self.model
+        outputs = model._prefill(
+            self.input_ids, self.config, self.arguments, is_first_iteration=True
+        )
+        arguments = model._update_model_kwargs_for_generation(outputs, self.arguments)
+        cache = arguments[CACHE]
+        length = cached = cache.get_seq_length()
+        kept = self.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        logits = outputs.logits[:, -1].to(self.input_ids.device, torch.float32, copy=True)
+        del outputs
+        self.choose(logits)
+        over = self.is_over()
+        if not over:
+            assert length < step.shape.capacity
+            step.load(
+                cache,
+                length,
+                self.input_ids[:, -1:],
+                arguments.get("attention_mask"),
+                arguments.get("position_ids"),
+                self.unfinished,
+            )
+            step.end_with(self.ends, self.pad)
+            if not kept:
+                cache.layers.clear()  # generate() refers to it too, and nobody reads it any more
+        with self.as_decoding():
+            while not over:
+                if length == step.shape.capacity:
+                    step = self.larger(step, length)
+                step(model)
+                length += 1
+                if self.greedy:
+                    self.record(step.logits)
+                    self.send(step.report)
+                else:
+                    self.choose(step.logits.clone())
+                    step.token.copy_(self.input_ids[:, -1:])
+                over = self.is_over()
+        if self.streamer is not None:
+            self.streamer.end()
+        if kept and length > cached:
+            step.give_back(cache, cached + len(self.tokens) - 1)
+        sequences = self.input_ids[:, : self.prompt + len(self.tokens)]
+        if self.greedy:
+            new = torch.tensor(self.tokens, device=sequences.device)
+            sequences = torch.cat([sequences[:, : self.prompt], new.t()], dim=-1)
+        if not self.config.return_dict_in_generate:
+            return sequences
+        scores, logits = (
+            None if recorded is None else tuple(recorded[: len(self.tokens)])
+            for recorded in (self.scores, self.logits)
+        )
+        output: Any = GenerateDecoderOnlyOutput
+        return output(sequences=sequences, scores=scores, logits=logits, **{CACHE: cache})
+
+    def choose(self, logits: Tensor) -> None:
+        """Append the next tokens for logits (batch, vocabulary) in float32, and send them."""
+        scores = self.processors(self.input_ids, logits)
+        if self.scores is not None:
+            self.scores.append(scores)
+        if self.logits is not None:
+            self.logits.append(logits)
+        if self.sample:
+            tokens, right = self.draw(torch.softmax(scores, dim=-1))
+        else:
+            tokens, right = scores.argmax(dim=-1), None
+        if self.ends is not None:
+            tokens = torch.where(self.unfinished, tokens, self.pad)
+        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        so_far = None if self.scores is None else tuple(self.scores)
+        self.unfinished = self.unfinished & ~self.criteria(self.input_ids, so_far)
+        report = [tokens, self.unfinished.long()]
+        self.send(torch.stack(report if right is None else [*report, right.long()]))
+
+    def draw(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens as torch.multinomial draws them, and of each text whether it could be drawn.
+
+        They are computed as there, from the same random numbers; but torch.multinomial waits until
+        it can look at the probabilities, and raises an error where we hand one on.
+        """
+        if self.ahead:
+            self.random_offsets.append(_generator(probabilities.device).get_offset())
+        noise = torch.empty_like(probabilities).exponential_(1)
+        least, most = probabilities.aminmax(dim=-1)
+        return (probabilities / noise).argmax(dim=-1), (least >= 0) & (most < torch.inf)
+
+    def record(self, logits: Tensor) -> None:
+        """Keep the logits of a step that chose the token itself, as raw logits and as scores."""
+        kept = [recorded for recorded in (self.scores, self.logits) if recorded is not None]
+        logits = logits.clone() if kept else logits
+        for recorded in kept:
+            recorded.append(logits)
+
+    def send(self, report: Tensor) -> None:
+        """Have a step's tokens, and which texts go on after them, (2, batch), read in time."""
+        self.launched += 1
+        self.reports.send(report)
+
+    def is_over(self) -> bool:
+        """Read the tokens of steps that lie far enough back; whether all texts have ended."""
+        full = self.limit is not None and self.launched >= self.limit
+        while len(self.reports) > (0 if full else self.ahead):
+            tokens, unfinished, *right = self.reports.receive()
+            if not all(map(all, right)):
+                raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+            self.tokens.append(tokens)
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(tokens))
+            if not any(unfinished):
+                if self.random_offsets[len(self.tokens) :]:  # as if no step had been too many
+                    offset = self.random_offsets[len(self.tokens)]
+                    _generator(self.input_ids.device).set_offset(offset)
+                return True
+        return full
+
+
+class _Reports:
+    """What steps report, on its way to the host, in their order."""
+
+    def __init__(self) -> None:
+        self._sent: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def send(self, report: Tensor) -> None:
+        """Copy a tensor of integers, without waiting for it."""
+        if not report.is_cuda:
+            self._sent.append((report.clone(), None))
+            return
+        host = torch.empty(report.shape, dtype=report.dtype, pin_memory=True)
+        host.copy_(report, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._sent.append((host, event))
+
+    def receive(self) -> list[list[int]]:
+        """The first one, when it has arrived."""
+        host, event = self._sent.popleft()
+        if event is not None:
+            event.synchronize()
+        return host.tolist()
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The one that a GPU's random numbers come from."""
+    torch.cuda.init()
+    return torch.cuda.default_generators[
+        torch.cuda.current_device() if device.index is None else device.index
+    ]
