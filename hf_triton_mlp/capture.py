@@ -1,10 +1,10 @@
 """One decode step of a model, captured in a CUDA graph, and the captures that a model keeps."""
 
-import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -17,8 +17,12 @@ from transformers.cache_utils import (
     StaticCache,
 )
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
+from hf_triton_mlp import attention
 from hf_triton_mlp.mlp import MLPConfig
+
+logger = logging.get_logger(__name__)
 
 #: What transformers calls a model's cache.
 CACHE = "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
@@ -62,6 +66,9 @@ class StaticLayer(CacheLayerMixin):
         super().__init__()
         self.capacity = capacity
         self.length = length
+        #: Whether the attention writes keys and values; those that it has still to write.
+        self.deferred = False
+        self.pending: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -78,6 +85,9 @@ class StaticLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.deferred:
+            self.pending = key_states, value_states
+            return self.keys, self.values
         place = self.length.view(1)
         self.keys.index_copy_(2, place, key_states)
         self.values.index_copy_(2, place, value_states)
@@ -128,10 +138,33 @@ class Step:
         self.report = torch.zeros((2, batch), dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.seconds = 0.0
+        #: Whether the attention is ours, which writes the cache too.
+        self.fused = False
         self.run(model)
+        self._fuse(model)
+
+    def _fuse(self, model: Any) -> None:
+        """Let the attention be ours, where it computes what transformers' does."""
+        if not all(attention.fusible(layer.keys, layer.values) for layer in self.cache.layers):
+            return
+
+        def fused() -> Tensor:
+            self.fused = True
+            self.run(model)
+            return self.logits
+
+        try:
+            self._compare(model, fused)
+        except (attention.CannotFuse, ValueError) as reason:
+            self.fused = False
+            logger.warning_once(f"generate() keeps transformers' attention: {reason}")
 
     def run(self, model: Any) -> None:
         """Take the step, launching its kernels one by one."""
+        with attention.in_step(model, self.cache) if self.fused else nullcontext():
+            self._run(model)
+
+    def _run(self, model: Any) -> None:
         arguments: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
         if self.positions is not None:
             arguments["position_ids"] = self.positions
@@ -177,17 +210,25 @@ class Step:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             self.run(model)
         logits = self.logits
+
+        def replayed() -> Tensor:
+            graph.replay()
+            return logits
+
+        self._compare(model, replayed)
+        self.graph, self.logits = graph, logits
+
+    def _compare(self, model: Any, take: Callable[[], Tensor]) -> None:
+        """ValueError if the step, taken in another way, has other logits, but for rounding."""
         state = [self.length, self.token, self.unfinished]
         state += [] if self.positions is None else [self.positions]
         before = [tensor.clone() for tensor in state]
         self.run(model)
         expected = self.logits
         torch._foreach_copy_(state, before)  # pyright: ignore[reportPrivateImportUsage]
-        graph.replay()
-        self.graph, self.logits = graph, logits
-        error, size = (logits - expected).norm(), expected.norm()
+        error, size = (take() - expected).norm(), expected.norm()
         if not (error <= torch.finfo(model.dtype).eps ** 0.5 * size).item():
-            raise ValueError(f"replayed, it computes other logits (by {(error / size).item():.2g})")
+            raise ValueError(f"it computes other logits (by {(error / size).item():.2g})")
 
     def load(
         self,
@@ -275,7 +316,7 @@ class Captures:
         self._steps: OrderedDict[StepShape, Step] = OrderedDict()
         self._pool: Any = None
 
-    @contextlib.contextmanager
+    @contextmanager
     def in_use(self) -> Iterator[None]:
         """Wait until no other thread decodes; CannotCapture within a step of this thread."""
         if self._owner == threading.get_ident():

@@ -2,6 +2,7 @@
 
 import triton
 
+from hf_triton_mlp.kernels.attention import combine_attention_kernel, decode_attention_kernel
 from hf_triton_mlp.kernels.decode import decode_linear_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
@@ -19,7 +20,9 @@ INTERPRETED = not isinstance(norm_kernel, triton.runtime.JITFunction)
 __all__ = [
     "INTERPRETED",
     "activation_kernel",
+    "combine_attention_kernel",
     "combine_splits_kernel",
+    "decode_attention_kernel",
     "decode_linear_kernel",
     "norm_kernel",
     "persistent_linear_kernel",
