@@ -83,11 +83,13 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    bias: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for one token: query (batch, heads, 1, D), within a step.
 
-    key and value are those that the cache's `update` gave. Returns (batch, 1, heads, D).
+    key and value are those that the cache's `update` gave; bias (batch * heads, 1, capacity) joins
+    the scores. Returns (batch, 1, heads, D).
     """
     layer = getattr(_state, "layers", {}).get(id(key))
     given = [name for name, value in arguments.items() if value is not None]
@@ -108,10 +110,17 @@ def attend(
         layer.values,
         layer.length,
         attention_mask[:, 0, 0],
+        None if bias is None else bias[:, 0],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
     )
     return out[:, None], None
+
+
+def is_deferred(cache: Any) -> bool:
+    """Whether this is the cache of a step whose attention has to be `attend`."""
+    layers = getattr(_state, "layers", {})
+    return bool(layers) and cache is not None and id(cache.layers[0].keys) in layers
 
 
 AttentionInterface.register(NAME, attend)
@@ -136,24 +145,27 @@ def decode_attention(
     values: Tensor,
     length: Tensor,
     mask: Tensor,
+    bias: Tensor | None = None,
     *,
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(scale * q·Kᵀ where mask)·V for one new token of each text; writes k and v into K, V.
+    """softmax(scale * q·Kᵀ + bias where mask)·V for a new token of each text, whose k and v join.
 
     q: (batch, heads, D); k, v: (batch, heads of keys, D); keys, values: (batch, heads of keys,
     capacity, D), contiguous, with `length` (one int64) rows before the new ones; mask: (batch,
-    capacity), True where a row is visible, which the new one must be. Scores s become
-    softcap * tanh(s / softcap) where that is given. Returns (batch, heads, D), computed in float32.
+    capacity), True where a row is visible, which the new one must be; bias: (batch * heads,
+    capacity). Given softcap, scores s become softcap * tanh(s / softcap) before the bias. Returns
+    (batch, heads, D), computed in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     pdl = gpu(q.device.index)[1] >= PDL_CAPABILITY
     with on_device(q):
         for call in attention_launches(
-            q, k, v, keys, values, length, mask, scale, softcap, out, pdl
+            q, k, v, keys, values, length, mask, bias, scale, softcap, out, pdl
         ):
             launch(call)
     return out
@@ -167,6 +179,7 @@ def attention_launches(
     values: Tensor,
     length: Tensor,
     mask: Tensor,
+    bias: Tensor | None,
     scale: float,
     softcap: float | None,
     out: Tensor,
@@ -182,13 +195,22 @@ def attention_launches(
         parts = torch.empty(
             (chunks, batch, heads, block_d + 2), dtype=torch.float32, device=q.device
         )
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], mask.stride(0))
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     calls = [
         Launch(
             decode_attention_kernel,
             (heads, batch, chunks),
-            (q, k, v, keys, values, length, mask, out, parts),
-            (D, capacity, heads // keys.shape[1], *strides, scale, softcap or 0.0),
+            (q, k, v, keys, values, length, mask, bias, out, parts),
+            (
+                D,
+                capacity,
+                heads // keys.shape[1],
+                *strides,
+                mask.stride(0),
+                0 if bias is None else bias.stride(0),
+                scale,
+                softcap or 0.0,
+            ),
             (bool(softcap), max(TILE // block_d, 16), block_d, CHUNK, pdl),
             num_warps=8,
             num_stages=1,

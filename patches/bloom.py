@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_triton_mlp import attention
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
 
@@ -25,7 +26,7 @@ class FusedBloomBlock(FusedLayer):
         use_cache: bool = False,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         rest = self.mlp.fuse(hidden_states, self.post_attention_layernorm)
         if rest is None:
             return super().forward(
@@ -38,16 +39,28 @@ class FusedBloomBlock(FusedLayer):
                 **kwargs,
             )
         normed = self.input_layernorm(hidden_states)
-        attention, weights = self.self_attention(
+        residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
+        if attention.is_deferred(layer_past):
+            return rest(self.attend(normed, layer_past, attention_mask, alibi), residual), None
+        attended, weights = self.self_attention(
             normed,
-            normed if self.apply_residual_connection_post_layernorm else hidden_states,
+            residual,
             layer_past=layer_past,
             attention_mask=attention_mask,
             alibi=alibi,
             use_cache=use_cache,
             output_attentions=output_attentions,
         )
-        return rest(attention, None), weights
+        return rest(attended, None), weights
+
+    def attend(self, normed: Tensor, cache: Any, mask: Tensor, alibi: Tensor) -> Tensor:
+        """BloomAttention for one token, but for the residual, in a captured step."""
+        module = self.self_attention
+        query, key, value = module._reshape(module.query_key_value(normed))
+        key, value = cache.update(key, value, module.layer_idx)
+        scaling = module.inv_norm_factor
+        heads, _ = attention.attend(module, query, key, value, mask, scaling=scaling, bias=alibi)
+        return module.dense(heads.flatten(2))
 
 
 def _refuse(layer: nn.Module) -> str | None:

@@ -29,6 +29,7 @@ def decode_attention_kernel(
     values_ptr,
     length_ptr,
     mask_ptr,
+    bias_ptr,
     out_ptr,
     parts_ptr,
     D,
@@ -41,6 +42,7 @@ def decode_attention_kernel(
     stride_vb,
     stride_vh,
     stride_mask,
+    stride_bias,
     scale,
     softcap,
     CAPPED: tl.constexpr,
@@ -49,12 +51,13 @@ def decode_attention_kernel(
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out = softmax(scale * q·Kᵀ where mask)·V, for K and V with k and v in row `length`.
+    """out = softmax(scale * q·Kᵀ + bias where mask)·V, for K and V with k and v in row `length`.
 
     q: (batch, heads, D); k, v: (batch, heads / group, D), strides over batch and heads; keys,
     values: (batch, heads / group, capacity, D), contiguous, where k and v are written to; length:
-    one int64; mask: (batch, capacity) booleans; out: (batch, heads, D), contiguous. CAPPED: scores
-    s become softcap * tanh(s / softcap).
+    one int64; mask: (batch, capacity) booleans; bias: (batch * heads, capacity) or None; out:
+    (batch, heads, D), contiguous. CAPPED: scores s become softcap * tanh(s / softcap) before the
+    bias.
     Program (head, text, chunk of CHUNK rows). Given parts (chunks, batch, heads, BLOCK_D + 2) in
     float32, it writes its weighted sum there, the total of its weights, and the greatest score.
     """
@@ -64,7 +67,10 @@ def decode_attention_kernel(
     states = (text * (heads // group) + state_head).to(tl.int64) * capacity * D
     keys_ptr += states
     values_ptr += states
+    row = text * heads + head
     mask_ptr += text.to(tl.int64) * stride_mask
+    if bias_ptr is not None:
+        bias_ptr += row.to(tl.int64) * stride_bias
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     first = chunk * CHUNK
@@ -99,6 +105,8 @@ def decode_attention_kernel(
         scores = tl.sum(widen(keys) * q[None, :], axis=1) * scale
         if CAPPED:
             scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap, True) - 1.0)
+        if bias_ptr is not None:
+            scores += widen(tl.load(bias_ptr + offs, mask=visible, other=0.0))
         scores = tl.where(visible, scores * LOG2_E, float("-inf"))
         before = greatest
         greatest = tl.maximum(greatest, tl.max(scores, axis=0))
@@ -110,7 +118,6 @@ def decode_attention_kernel(
         sums = sums * kept + tl.sum(weights[:, None] * widen(values), axis=0)
         keys, values = next_keys, next_values
 
-    row = text * heads + head
     if parts_ptr is None:
         out = (sums / total).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row.to(tl.int64) * D + offs_d, out, mask=mask_d)
