@@ -21,6 +21,7 @@ from hf_triton_mlp.kernels import (
     combine_splits_kernel,
     decode_linear_kernel,
     norm_kernel,
+    norm_sum_kernel,
     persistent_linear_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
@@ -57,6 +58,7 @@ class MLPWeights(NamedTuple):
     """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
 
     With a gate, the hidden activation is act(x·gateᵀ + gate_bias) * (x·upᵀ + up_bias).
+    The last two are of the norms of what joins a residual (`branch_norm` of MLPConfig).
     """
 
     up: Tensor
@@ -67,6 +69,8 @@ class MLPWeights(NamedTuple):
     gate_bias: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+    attention_norm_weight: Tensor | None = None
+    output_norm_weight: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -83,6 +87,20 @@ class Norm(NamedTuple):
     carry: Tensor
     carry_normed: bool
     carry_bias: Tensor | None = None
+
+
+class BranchNorm(NamedTuple):
+    """An RMSNorm of what joins a residual, and the norm of their sum where there is one.
+
+    total = residual + norm(x); where `normed` is given, normed = norm(total) with next_weight.
+    """
+
+    kind: str
+    eps: float
+    weight: Tensor | None
+    total: Tensor
+    next_weight: Tensor | None = None
+    normed: Tensor | None = None
 
 
 class Summands(NamedTuple):
@@ -258,6 +276,45 @@ def normed_mlp(
     return linear(
         hidden, w.down, w.down_bias, summands=Summands(carry), plan=down_plan, waited=True
     )
+
+
+def branch_normed_mlp(
+    x: Tensor,
+    residual: Tensor | None,
+    bias: Tensor | None,
+    weights: MLPWeights,
+    *,
+    activation: str,
+    norm: str | None,
+    norm_eps: float,
+    branch_norm: str,
+) -> Tensor:
+    """s + branch_norm(MLP(u)), for s = residual + branch_norm(x + bias) and u = norm(s), or s.
+
+    x: rows (tokens, H). Four launches, or more where K is split.
+    """
+    w = weights
+    up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None)
+    down_plan = plan_linear(x.shape[0], w.down)
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    normed = None if norm is None else torch.empty_like(total)
+    attention_norm = BranchNorm(
+        branch_norm, norm_eps, w.attention_norm_weight, total, w.norm_weight, normed
+    )
+    norm_sum(x, bias, residual, attention_norm, pdl=up_plan.pdl)
+    hidden = linear(
+        total if normed is None else normed,
+        w.up,
+        w.up_bias,
+        gate=(w.gate, w.gate_bias),
+        activation=activation,
+        plan=up_plan,
+        waited=True,
+    )
+    branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
+    output_norm = BranchNorm(branch_norm, norm_eps, w.output_norm_weight, out)
+    norm_sum(branch, None, total, output_norm, pdl=down_plan.pdl)
+    return out
 
 
 def library_linear(
@@ -508,6 +565,32 @@ def norm_launch(
         (x, add, add_bias, norm.weight, norm.bias, norm.carry_bias, carry, out),
         (K, x.stride(0), 0 if add is None else add.stride(0), norm.eps),
         (norm.kind, norm.carry_normed, block, block >= K, pdl),
+        num_warps=4 if block <= 2048 else 8,
+        num_stages=1,
+        pdl=pdl,
+    )
+
+
+def norm_sum(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, norm: BranchNorm, *, pdl: bool
+) -> None:
+    """norm.total = residual + norm(x + bias), and norm.normed, for rows x (tokens, K)."""
+    if x.shape[0] > 0:
+        launch(norm_sum_launch(x, bias, residual, norm, pdl=pdl))
+
+
+def norm_sum_launch(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, norm: BranchNorm, *, pdl: bool
+) -> Launch:
+    """The launch that computes `norm_sum`."""
+    M, K = x.shape
+    block = min(triton.next_power_of_2(K), 8192)
+    return Launch(
+        norm_sum_kernel,
+        (M, 1, 1),
+        (x, bias, residual, norm.weight, norm.next_weight, norm.total, norm.normed),
+        (K, x.stride(0), 0 if residual is None else residual.stride(0), norm.eps),
+        (norm.kind, block, block >= K, pdl),
         num_warps=4 if block <= 2048 else 8,
         num_stages=1,
         pdl=pdl,

@@ -21,6 +21,7 @@ from hf_triton_mlp.reading import split_packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NORMS = ("layer_norm", "rms_norm", "rms_norm_offset")
+BRANCH_NORMS = NORMS[1:]
 
 
 def activation_function(name: str) -> Callable[[Tensor], Tensor]:
@@ -52,6 +53,8 @@ def compose(
     activation: str,
     pre_norm: bool,
     branch_scale: float = 1.0,
+    attention_norm: Callable[[Tensor], Tensor] | None = None,
+    output_norm: Callable[[Tensor], Tensor] | None = None,
     packed: str | None = None,
 ) -> Tensor:
     """The MLP of DESIGN §3 in PyTorch, differentiable, from callables for its parts.
@@ -60,14 +63,18 @@ def compose(
     With `residual_norm`: MLP(residual_norm) + input + bias + residual.
     With neither: MLP(input) + residual.
     branch_scale multiplies what joins a residual: input + bias, and the MLP.
+    With attention_norm and output_norm (pre-norm): s = attention_norm(input + bias) + residual,
+    u = norm(s), or s without `norm`, output_norm(MLP(u)) + s.
     packed: `up` computes the gate too, in this order (`split_packed`).
     """
     total = input
-    if norm is not None or residual_norm is not None:
+    if norm is not None or residual_norm is not None or attention_norm is not None:
         if bias is not None:
             total = total + bias
         if branch_scale != 1.0:
             total = total * branch_scale
+        if attention_norm is not None:
+            total = attention_norm(total)
         if residual is not None:
             total = residual + total
     x, carry = input, residual
@@ -76,6 +83,8 @@ def compose(
         carry = total if pre_norm else x
     elif residual_norm is not None:
         x, carry = residual_norm, total
+    elif attention_norm is not None:
+        x = carry = total
     act = activation_function(activation)
     if packed is not None:
         values, gates = split_packed(packed, up(x), dim=-1)
@@ -85,7 +94,26 @@ def compose(
     output = down(hidden)
     if branch_scale != 1.0:
         output = output * branch_scale
+    if output_norm is not None:
+        output = output_norm(output)
     return output if carry is None else carry + output
+
+
+def check_branch_norm(
+    branch_norm: str | None, norm: str | None, pre_norm: bool, branch_scale: float
+) -> None:
+    """Raise ValueError unless a kernel computes norms of what joins a residual beside the rest."""
+    if branch_norm is None:
+        return
+    if branch_norm not in BRANCH_NORMS:
+        raise ValueError(
+            f"unknown branch_norm {branch_norm!r}; supported: {', '.join(BRANCH_NORMS)}, None"
+        )
+    if norm not in (None, branch_norm) or not pre_norm or branch_scale != 1.0:
+        raise ValueError(
+            f"branch_norm {branch_norm!r} needs the same norm or none, pre_norm and no "
+            f"branch_scale; found {norm!r}, {pre_norm} and {branch_scale}"
+        )
 
 
 def rms_norm(
@@ -103,9 +131,11 @@ def rms_norm(
 
 
 def norm_function(
-    norm: str, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Callable[[Tensor], Tensor]:
-    """One of NORMS over the last dimension, as a function of x."""
+    norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Callable[[Tensor], Tensor] | None:
+    """One of NORMS over the last dimension, as a function of x; None for none."""
+    if norm is None:
+        return None
     if norm in ("rms_norm", "rms_norm_offset"):
         return lambda x: rms_norm(x, weight, bias, eps, offset=norm == "rms_norm_offset")
     return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -204,6 +234,8 @@ def _check_weights(weights: MLPWeights) -> None:
         ("down_bias", hidden),
         ("norm_weight", hidden),
         ("norm_bias", hidden),
+        ("attention_norm_weight", hidden),
+        ("output_norm_weight", hidden),
     ):
         _check_vector(name, getattr(weights, name), size, weights.up)
 
@@ -223,13 +255,27 @@ def _mlp_gemm(
     gate_bias: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
+    attention_norm_weight: Tensor | None,
+    output_norm_weight: Tensor | None,
     activation: str,
-    norm: str,
+    norm: str | None,
     norm_eps: float,
     pre_norm: bool,
     branch_scale: float = 1.0,
+    branch_norm: str | None = None,
 ) -> Tensor:
-    weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias, norm_weight, norm_bias)
+    weights = MLPWeights(
+        up,
+        down,
+        up_bias,
+        down_bias,
+        gate,
+        gate_bias,
+        norm_weight,
+        norm_bias,
+        attention_norm_weight,
+        output_norm_weight,
+    )
     if not kernels_apply(input):
         op = MLPGemmOp(
             activation=activation,
@@ -237,20 +283,35 @@ def _mlp_gemm(
             norm_eps=norm_eps,
             pre_norm=pre_norm,
             branch_scale=branch_scale,
+            branch_norm=branch_norm,
         )
         return op.compose(input, weights, residual, bias)
+    x, summand = rows(input), None if residual is None else rows(residual)
     with on_device(input):
-        out = launchers.normed_mlp(
-            rows(input),
-            None if residual is None else rows(residual),
-            bias,
-            weights,
-            activation=activation,
-            norm=norm,
-            norm_eps=norm_eps,
-            pre_norm=pre_norm,
-            branch_scale=branch_scale,
-        )
+        if branch_norm is not None:
+            out = launchers.branch_normed_mlp(
+                x,
+                summand,
+                bias,
+                weights,
+                activation=activation,
+                norm=norm,
+                norm_eps=norm_eps,
+                branch_norm=branch_norm,
+            )
+        else:
+            assert norm is not None
+            out = launchers.normed_mlp(
+                x,
+                summand,
+                bias,
+                weights,
+                activation=activation,
+                norm=norm,
+                norm_eps=norm_eps,
+                pre_norm=pre_norm,
+                branch_scale=branch_scale,
+            )
     return out.view(input.shape)
 
 
@@ -362,27 +423,33 @@ class MLPGemmOp:
     carry is s with `pre_norm` and u without. Two kernels for one token, three for more.
     branch_scale, which needs pre_norm, multiplies input + bias and the second product with its
     bias; other than 1 it takes two kernels more.
+    branch_norm, an RMSNorm, is applied to the same two: s = branch_norm(input + bias) + residual,
+    branch_norm(act(u·upᵀ + up_bias)·downᵀ + down_bias) + s, where u is s if norm is None. Four
+    kernels.
     """
 
     def __init__(
         self,
         *,
         activation: str,
-        norm: str = "layer_norm",
+        norm: str | None = "layer_norm",
         norm_eps: float = 1e-5,
         pre_norm: bool = True,
         branch_scale: float = 1.0,
+        branch_norm: str | None = None,
     ) -> None:
         activation_function(activation)
-        if norm not in NORMS:
+        if norm not in NORMS and (norm is not None or branch_norm is None):
             raise ValueError(f"unknown norm {norm!r}; supported: {', '.join(NORMS)}")
         self.activation = activation
         self.norm = norm
         self.norm_eps = norm_eps
         if branch_scale != 1.0 and not pre_norm:
             raise ValueError(f"branch_scale {branch_scale} needs a pre-norm MLP")
+        check_branch_norm(branch_norm, norm, pre_norm, branch_scale)
         self.pre_norm = pre_norm
         self.branch_scale = branch_scale
+        self.branch_norm = branch_norm
 
     def __call__(
         self,
@@ -395,6 +462,8 @@ class MLPGemmOp:
 
         Raises TypeError for dtypes and ValueError for shapes or devices that do not fit.
         """
+        if self.branch_norm is not None and weights.norm_bias is not None:
+            raise ValueError("with branch_norm the norms have no biases, found a norm_bias")
         if not kernels_apply(input) or needs_grad(input, residual, bias, *weights):
             check_floating(input)
             return self.compose(input, weights, residual, bias)
@@ -411,18 +480,22 @@ class MLPGemmOp:
             self.norm_eps,
             self.pre_norm,
             self.branch_scale,
+            self.branch_norm,
         )
 
     def compose(
         self, input: Tensor, weights: MLPWeights, residual: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """The same in PyTorch operations, in the input's dtype, differentiable."""
+        w, eps = weights, self.norm_eps
         return compose(
             input,
             residual,
             None,
             bias,
-            norm=norm_function(self.norm, weights.norm_weight, weights.norm_bias, self.norm_eps),
+            norm=norm_function(self.norm, w.norm_weight, w.norm_bias, eps),
+            attention_norm=norm_function(self.branch_norm, w.attention_norm_weight, None, eps),
+            output_norm=norm_function(self.branch_norm, w.output_norm_weight, None, eps),
             **projection_functions(weights),  # pyright: ignore[reportArgumentType]
             activation=self.activation,
             pre_norm=self.pre_norm,

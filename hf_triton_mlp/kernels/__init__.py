@@ -4,7 +4,7 @@ import triton
 
 from hf_triton_mlp.kernels.attention import combine_attention_kernel, decode_attention_kernel
 from hf_triton_mlp.kernels.decode import decode_linear_kernel
-from hf_triton_mlp.kernels.norm import norm_kernel, residual_add_kernel
+from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
 from hf_triton_mlp.kernels.stream import stream_linear_kernel
@@ -25,6 +25,7 @@ __all__ = [
     "decode_attention_kernel",
     "decode_linear_kernel",
     "norm_kernel",
+    "norm_sum_kernel",
     "persistent_linear_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",

@@ -178,6 +178,96 @@ def norm_kernel(
 
 
 @triton.jit
+def load_normed_sum(
+    x_ptr, x_bias_ptr, residual_ptr, branch_w_ptr, mean, rstd, offs, mask, NORM: tl.constexpr
+):
+    """residual + the norm of x + x_bias at `offs` of one row, in float32."""
+    x = load_sum(x_ptr, None, x_bias_ptr, offs, mask)
+    s = normalize(x, mean, rstd, branch_w_ptr, None, offs, mask, NORM)
+    if residual_ptr is not None:
+        s += widen(tl.load(residual_ptr + offs, mask=mask, other=0.0))
+    return s
+
+
+@triton.jit
+def norm_sum_kernel(
+    x_ptr,
+    x_bias_ptr,
+    residual_ptr,
+    branch_w_ptr,
+    norm_w_ptr,
+    sum_ptr,
+    out_ptr,
+    K,
+    stride_x,
+    stride_residual,
+    eps,
+    NORM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """sum = residual + norm(x + x_bias) with branch_w; where out_ptr is given, also
+    out = norm(sum) with norm_w. NORM is an RMSNorm.
+
+    x, residual: (M, K), row strides stride_x, stride_residual; sum, out: (M, K), contiguous.
+    x_bias, residual and the norms' weights may be None. One program a row; ONE_BLOCK and PDL as
+    in `norm_kernel`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    if residual_ptr is not None:
+        residual_ptr += row * stride_residual
+    sum_ptr += row * K
+    if out_ptr is not None:
+        out_ptr += row * K
+    if PDL:
+        if ONE_BLOCK and row == 0:
+            prefetch_vector(branch_w_ptr, 0, K, BLOCK_K)
+            prefetch_vector(norm_w_ptr, 0, K, BLOCK_K)
+        gdc_wait()
+        gdc_launch_dependents()
+    if ONE_BLOCK:
+        offs = tl.arange(0, BLOCK_K)[None, :]
+        mask = offs < K
+        x = load_sum(x_ptr, None, x_bias_ptr, offs, mask)
+        residual = tl.zeros((1, BLOCK_K), tl.float32)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
+        branch_w, shift = load_affine(branch_w_ptr, None, offs, mask, NORM)
+        norm_w, shift = load_affine(norm_w_ptr, None, offs, mask, NORM)
+        mean, rstd = statistics_of_values(x, mask, K, eps, NORM)
+        s = apply_affine((x - mean) * rstd, branch_w, shift, NORM) + widen(residual)
+        tl.store(sum_ptr + offs, s.to(sum_ptr.dtype.element_ty), mask=mask)
+        if out_ptr is not None:
+            mean_s, rstd_s = statistics_of_values(s, mask, K, eps, NORM)
+            u = apply_affine((s - mean_s) * rstd_s, norm_w, shift, NORM)
+            tl.store(out_ptr + offs, u.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        mean, rstd = statistics_of_row(x_ptr, None, x_bias_ptr, K, eps, NORM, BLOCK_K)
+        squares = tl.zeros((1, BLOCK_K), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)[None, :]
+            mask_k = offs_k < K
+            s_k = load_normed_sum(
+                x_ptr, x_bias_ptr, residual_ptr, branch_w_ptr, mean, rstd, offs_k, mask_k, NORM
+            )
+            squares += s_k * s_k
+            tl.store(sum_ptr + offs_k, s_k.to(sum_ptr.dtype.element_ty), mask=mask_k)
+        if out_ptr is not None:
+            variance = tl.sum(squares, axis=1, keep_dims=True) / K
+            rstd_s = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+            for k in range(0, K, BLOCK_K):
+                offs_k = k + tl.arange(0, BLOCK_K)[None, :]
+                mask_k = offs_k < K
+                s_k = load_normed_sum(
+                    x_ptr, x_bias_ptr, residual_ptr, branch_w_ptr, mean, rstd, offs_k, mask_k, NORM
+                )
+                u_k = normalize(s_k, 0.0, rstd_s, norm_w_ptr, None, offs_k, mask_k, NORM)
+                tl.store(out_ptr + offs_k, u_k.to(out_ptr.dtype.element_ty), mask=mask_k)
+
+
+@triton.jit
 def residual_add_kernel(
     x_ptr,
     residual_ptr,
