@@ -10,12 +10,14 @@ from triton.knobs import runtime
 from hf_triton_mlp.driver import relauncher
 from hf_triton_mlp.launchers import (
     NO_SUMMANDS,
+    BranchNorm,
     Launch,
     Norm,
     Summands,
     launch,
     linear_launch,
     norm_launch,
+    norm_sum_launch,
     on_device,
     plan_linear,
     scaled_add_launch,
@@ -101,12 +103,14 @@ class DecodeMLP:
         norm: tuple[str, Tensor | None, Tensor | None, float] | None,
         carry_normed: bool,
         branch_scale: float,
+        branch_norm: tuple[str, Tensor | None, Tensor | None, float] | None = None,
         early: bool,
     ) -> None:
         """Bind the launches for calls with as many rows as these tensors have, if few.
 
         norm: (kind, weight, bias, eps) in front of the MLP or None, as it is with `normed`;
-        carry_normed as in `Norm`; branch_scale: as in MLPConfig; early: as in `TritonMLP.forward`.
+        carry_normed as in `Norm`; branch_scale: as in MLPConfig; branch_norm: (kind, attention's
+        weight, the MLP's, eps) of what joins a residual; early: as in `TritonMLP.forward`.
         """
         M = input.numel() // self.hidden
         key = M, residual is None, normed is None, early
@@ -147,14 +151,24 @@ class DecodeMLP:
                 calls.extend(split_launches(plan, source, *linear, *rest, parts))
 
             source, before, summands, carried = x, None, NO_SUMMANDS, Summands(r)
-            added, branch = r, None
+            added, branch, output_norm = r, None, None
             if u is not None:
                 source, carried = u, Summands(x, r)
             if branch_scale != 1.0:
                 source, added, branch = torch.empty_like(x), None, torch.empty_like(x)
                 work += [source, branch]
                 calls.append(scaled_add_launch(r, x, None, branch_scale, source))
-            if norm is not None:
+            if branch_norm is not None:
+                kind, attention_weight, output_weight, eps = branch_norm
+                attention_norm = BranchNorm(kind, eps, attention_weight, carry)
+                output_norm = BranchNorm(kind, eps, output_weight, out)
+                source, branch = carry, torch.empty_like(x)
+                work.append(branch)
+                if norm is not None:
+                    source = norm_of_x
+                    attention_norm = attention_norm._replace(next_weight=norm[1], normed=source)
+                calls.append(norm_sum_launch(x, None, r, attention_norm, pdl=up_plan.pdl))
+            elif norm is not None:
                 before, summands = Norm(*norm, carry, carry_normed), Summands(added)
                 carried = Summands(carry)
                 if not up_plan.fuses_norm:
@@ -166,7 +180,11 @@ class DecodeMLP:
                 add(down_plan, hidden, down, (None, None), None, None, carried, out)
             else:  # with a norm, so that the residual is the carry
                 add(down_plan, hidden, down, (None, None), None, None, NO_SUMMANDS, branch)
-                calls.append(scaled_add_launch(carry, branch, None, branch_scale, out))
+                if output_norm is None:
+                    last = scaled_add_launch(carry, branch, None, branch_scale, out)
+                else:
+                    last = norm_sum_launch(branch, None, carry, output_norm, pdl=down_plan.pdl)
+                calls.append(last)
             offsets = [0]
             for tensor in work:
                 offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)

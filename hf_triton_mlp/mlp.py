@@ -22,6 +22,7 @@ from hf_triton_mlp.ops import (
     MLPGemmOp,
     MLPWeights,
     activation_function,
+    check_branch_norm,
     check_floating,
     compose,
     kernels_apply,
@@ -32,14 +33,15 @@ from hf_triton_mlp.ops import (
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
-    read_epsilon,
-    read_parameters,
+    read_branch_norm,
+    read_norm,
     read_projection,
     split_packed,
     stored_by_output,
 )
 
 Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
+BranchNorms: TypeAlias = tuple[nn.Module, nn.Module]
 
 #: The modules that compute the norms of an MLPConfig; a model's family may have its own class.
 NORM_CLASSES: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
@@ -52,7 +54,8 @@ class MLPConfig:
     norm: "layer_norm", "rms_norm", "rms_norm_offset" (Gemma's, which multiplies by 1 + weight) or
     None (no norm in front). pre_norm: the residual is what enters the norm; post-norm: what leaves
     it. branch_scale: what is added to a residual, in front of the norm and after the MLP, is
-    multiplied by it. mp_size: ranks that share the weights.
+    multiplied by it. branch_norm: it is normalized, by an RMSNorm of this kind with the same
+    epsilon; `norm` is of the same kind or None. mp_size: ranks that share the weights.
     Raises ValueError or TypeError for a value that is not supported.
     """
 
@@ -66,6 +69,7 @@ class MLPConfig:
     norm_affine: bool = True
     pre_norm: bool = True
     branch_scale: float = 1.0
+    branch_norm: str | None = None
     up_bias: bool = True
     down_bias: bool = True
     mp_size: int = 1
@@ -82,6 +86,7 @@ class MLPConfig:
             raise ValueError(f"unknown norm {self.norm!r}; supported: {', '.join(NORMS)}, None")
         if self.branch_scale != 1.0 and (self.norm is None or not self.pre_norm):
             raise ValueError(f"branch_scale {self.branch_scale} needs a norm, and pre_norm")
+        check_branch_norm(self.branch_norm, self.norm, self.pre_norm, self.branch_scale)
         if self.norm_eps < 0:
             raise ValueError(f"norm_eps must not be negative, found {self.norm_eps}")
         if self.dtype not in DTYPES:
@@ -152,8 +157,9 @@ class TritonMLP(StandIn):
 
     Built from a config it owns its parameters: attn_nw, attn_nb (norm, H), inter_w (I, H) and
     inter_b (up; a gated MLP has the gate's rows below the up rows: (2 I, H)), output_w (H, I) and
-    output_b (down). Inside a model it is made by `from_projections` and holds the model's own
-    projections under their own names, so that state_dict keys and adapters stay as they were.
+    output_b (down), and branch_nw (norms of attention's and of the MLP's output, (2, H)). Inside a
+    model it is made by `from_projections` and holds the model's own projections under their own
+    names, so that state_dict keys and adapters stay as they were.
 
     On a GPU, without gradients, it runs fused Triton kernels. On the CPU, under autocast, when
     gradients are needed, in a model that is being trained, or when a part is not a plain layer
@@ -190,6 +196,7 @@ class TritonMLP(StandIn):
         rows = 2 * I if config.gated else I
         self.attn_nw = parameter(affine, H)
         self.attn_nb = parameter(affine and config.norm == "layer_norm", H)
+        self.branch_nw = parameter(config.norm_affine and config.branch_norm is not None, 2, H)
         self.inter_w = parameter(True, rows, H)
         self.inter_b = parameter(config.up_bias, rows)
         self.output_w = parameter(True, H, I)
@@ -312,10 +319,11 @@ class TritonMLP(StandIn):
         self._gelu_gemm = GELUGemmOp(activation=config.activation)
         self._mlp_gemm = MLPGemmOp(
             activation=config.activation,
-            norm=config.norm or "layer_norm",
+            norm=config.norm or (None if config.branch_norm else "layer_norm"),
             norm_eps=config.norm_eps,
             pre_norm=config.pre_norm,
             branch_scale=config.branch_scale,
+            branch_norm=config.branch_norm,
         )
 
     @property
@@ -331,9 +339,10 @@ class TritonMLP(StandIn):
             for parameter in (weight, bias):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -bound, bound)
-        if self.attn_nw is not None:
-            offset = self.mlp_config.norm == "rms_norm_offset"
-            nn.init.constant_(self.attn_nw, 0.0 if offset else 1.0)
+        offset = "rms_norm_offset" in (self.mlp_config.norm, self.mlp_config.branch_norm)
+        for norm in (self.attn_nw, self.branch_nw):
+            if norm is not None:
+                nn.init.constant_(norm, 0.0 if offset else 1.0)
         if self.attn_nb is not None:
             nn.init.zeros_(self.attn_nb)
 
@@ -353,25 +362,28 @@ class TritonMLP(StandIn):
         *,
         norm: nn.Module | None = None,
         projections: Projections | None = None,
+        branch_norms: BranchNorms | None = None,
         early: bool = False,
     ) -> Tensor:
-        """One of four sums; a = input, r = residual, b_a = bias, all (…, H), fresh output.
+        """One of five sums; a = input, r = residual, b_a = bias, all (…, H), fresh output.
 
         - no norm, residual_norm given: MLP(residual_norm) + a + b_a + r
         - norm, pre-norm: s = a + b_a + r; MLP(norm(s)) + s
         - norm, post-norm: u = norm(a + b_a + r); MLP(u) + u
+        - branch norms: s = norm_a(a + b_a) + r; norm_c(MLP(u)) + s, where u = norm(s), or s
         - no norm: MLP(a) + r
 
-        `norm` is the layer's norm module (instead of attn_nw, attn_nb), `projections` the layer's
-        (up, gate, down) where this module does not hold them. `early` promises that the kernel
-        launched last does not write weights (it computed the input, say), so that they may be read
-        before it has ended.
+        `norm` is the layer's norm module (instead of attn_nw, attn_nb), `branch_norms` are its
+        norm_a and norm_c (instead of branch_nw), `projections` the layer's (up, gate, down) where
+        this module does not hold them. `early` promises that the kernel launched last does not
+        write weights (it computed the input, say), so that they may be read before it has ended.
         Raises TypeError for integer or complex inputs and other dtypes than the weights', and
-        ValueError for another hidden size or device than the weights'.
+        ValueError for another hidden size or device than the weights', and for norms that are not
+        the config's.
         """
         if not torch.compiler.is_compiling() and bias is None:
             output = None
-            if self._is_bound(input, norm, projections):
+            if self._is_bound(input, norm, projections, branch_norms):
                 output = self._decode(input, residual, residual_norm, early)
             if output is not None:
                 return output
@@ -379,13 +391,14 @@ class TritonMLP(StandIn):
         hidden = self.mlp_config.hidden_size
         if input.shape[-1] != hidden:
             raise ValueError(f"input has hidden size {input.shape[-1]}, this MLP has {hidden}")
-        normed = norm is not None or (self.owns_weights and self.mlp_config.norm is not None)
+        normed = self._has_norms(norm, branch_norms)
         if normed and residual_norm is not None:
             raise ValueError("residual_norm is for an MLP without a norm of its own")
         if not normed and residual_norm is None and bias is not None:
             raise ValueError("bias needs a norm or residual_norm: without, there is no sum for it")
 
-        weights = self._weights(norm, projections)
+        weights = self._weights(norm, projections, branch_norms)
+        parts = norm, projections, branch_norms
         if weights is not None:
             self._check_place(input, weights)
         if (
@@ -393,7 +406,7 @@ class TritonMLP(StandIn):
             or not self._kernels_apply(input)
             or (residual is not None and residual.dtype != input.dtype)
         ):
-            return self._call_parts(input, residual, residual_norm, bias, norm, projections)
+            return self._call_parts(input, residual, residual_norm, bias, *parts)
         if needs_grad(input, residual, residual_norm, bias, *weights):
             if not self.training and not torch.compiler.is_compiling():
                 warnings.warn(
@@ -401,7 +414,7 @@ class TritonMLP(StandIn):
                     "torch.no_grad(), torch.inference_mode() and in model.generate()",
                     stacklevel=2,
                 )
-            return self._call_parts(input, residual, residual_norm, bias, norm, projections)
+            return self._call_parts(input, residual, residual_norm, bias, *parts)
         if normed:
             output = self._mlp_gemm(input, weights, residual, bias)
         elif residual_norm is None:
@@ -416,7 +429,7 @@ class TritonMLP(StandIn):
             and torch._C._len_torch_dispatch_stack() == 0
             and not torch.cuda.is_current_stream_capturing()
         ):
-            self._bind(input, residual, residual_norm, weights, norm, projections, early)
+            self._bind(input, residual, residual_norm, weights, *parts, early)
         return output
 
     def fuse(
@@ -424,10 +437,11 @@ class TritonMLP(StandIn):
         input: Tensor,
         norm: nn.Module | None = None,
         projections: Projections | None = None,
+        branch_norms: BranchNorms | None = None,
     ) -> Callable[..., Tensor] | None:
         """The rest of a layer as a function of (attention's output, residual) like this input.
 
-        Without `norm`, of (attention's output, residual, normed): MLP(normed) + both, for a layer
+        Without norms, of (attention's output, residual, normed): MLP(normed) + both, for a layer
         whose MLP runs beside its attention, and which calls its norms itself.
         A layer asks before its attention, whose kernels then lie between these and whoever wrote
         the weights. None: the layer has to run its original forward, as on the CPU, in training,
@@ -436,9 +450,10 @@ class TritonMLP(StandIn):
         if not is_plain(self, type(self)) or not self._kernels_apply(input):
             assert not self.proving, "only what is read can be proven"
             return None
-        bound = not torch.compiler.is_compiling() and self._is_bound(input, norm, projections)
+        parts = norm, projections, branch_norms
+        bound = not torch.compiler.is_compiling() and self._is_bound(input, *parts)
         if not bound:
-            weights = self._weights(norm, projections)
+            weights = self._weights(*parts)
             if weights is None or needs_grad(input, *weights):
                 assert not self.proving, "only what is read can be proven"
                 return None
@@ -448,14 +463,24 @@ class TritonMLP(StandIn):
         ) -> Tensor:
             output = self._decode(attention, residual, normed, True) if bound else None
             if output is None:
-                rest = {"norm": norm, "projections": projections, "early": True}
-                return self(attention, residual, normed, **rest)
+                rest = {"norm": norm, "projections": projections, "branch_norms": branch_norms}
+                return self(attention, residual, normed, **rest, early=True)
             return output
 
         return finish
 
+    def _has_norms(self, norm: nn.Module | None, branch_norms: BranchNorms | None) -> bool:
+        """Whether a call has norms: a layer's, or this module's own."""
+        if self.owns_weights:
+            return self.mlp_config.norm is not None or self.mlp_config.branch_norm is not None
+        return norm is not None or branch_norms is not None
+
     def _is_bound(
-        self, input: Tensor, norm: nn.Module | None, projections: Projections | None
+        self,
+        input: Tensor,
+        norm: nn.Module | None,
+        projections: Projections | None,
+        branch_norms: BranchNorms | None,
     ) -> bool:
         """Whether bound launches compute this: on their GPU, no gradients, no tracing or hooks.
 
@@ -471,13 +496,16 @@ class TritonMLP(StandIn):
             and torch._C._len_torch_dispatch_stack() == 0
             and not _global_forward_hooks
             and not _global_forward_pre_hooks
-            and bound.unchanged(self._parts(norm, projections))
+            and bound.unchanged(self._parts(norm, projections, branch_norms))
         )
 
     def _parts(
-        self, norm: nn.Module | None, projections: Projections | None
+        self,
+        norm: nn.Module | None,
+        projections: Projections | None,
+        branch_norms: BranchNorms | None = None,
     ) -> list[nn.Module | None]:
-        return [*self._modules.values(), norm, *(projections or ())]
+        return [*self._modules.values(), norm, *(projections or ()), *(branch_norms or ())]
 
     def _decode(
         self, input: Tensor, residual: Tensor | None, residual_norm: Tensor | None, early: bool
@@ -505,27 +533,33 @@ class TritonMLP(StandIn):
         weights: MLPWeights,
         norm: nn.Module | None,
         projections: Projections | None,
+        branch_norms: BranchNorms | None,
         early: bool,
     ) -> None:
         """Bind decode launches for this number of rows to these weights, which are known to fit."""
-        config, parts = self.mlp_config, self._parts(norm, projections)
+        config, parts = self.mlp_config, self._parts(norm, projections, branch_norms)
         if self._bound is None or not self._bound.unchanged(parts):
             self._bound = BoundParts(self, parts, config.norm_eps, DecodeMLP(weights.up))
-        before = None
-        if norm is not None or config.norm is not None:
-            kind = config.norm or "layer_norm"
-            before = kind, weights.norm_weight, weights.norm_bias, config.norm_eps
+        w, kind, branch_kind = weights, self._mlp_gemm.norm, config.branch_norm
+        before = branches = None
+        if self._has_norms(norm, branch_norms):
+            if kind is not None:
+                before = kind, w.norm_weight, w.norm_bias, config.norm_eps
+            if branch_kind is not None:
+                branch_weights = w.attention_norm_weight, w.output_norm_weight
+                branches = branch_kind, *branch_weights, config.norm_eps
         self._bound.launches.bind(
             input,
             residual,
             residual_norm,
-            (weights.up, weights.up_bias),
-            (weights.gate, weights.gate_bias),
-            (weights.down, weights.down_bias),
+            (w.up, w.up_bias),
+            (w.gate, w.gate_bias),
+            (w.down, w.down_bias),
             activation=config.activation,
             norm=before,
             carry_normed=not config.pre_norm,
             branch_scale=config.branch_scale,
+            branch_norm=branches,
             early=early,
         )
 
@@ -547,13 +581,23 @@ class TritonMLP(StandIn):
         return getattr(self, up), None if gate is None else getattr(self, gate), getattr(self, down)
 
     def _weights(
-        self, norm: nn.Module | None, projections: Projections | None
+        self,
+        norm: nn.Module | None,
+        projections: Projections | None,
+        branch_norms: BranchNorms | None = None,
     ) -> MLPWeights | None:
         """The tensors that the kernels may read; None when a part has to be called."""
+        config = self.mlp_config
         if self.owns_weights:
-            if norm is not None:
+            if norm is not None or branch_norms is not None:
                 raise ValueError("this TritonMLP has its own norm weights; `norm` is for models")
             return self._own_weights()
+        kinds = config.norm, config.branch_norm
+        if branch_norms is not None or (norm is not None and config.branch_norm is not None):
+            if [norm is None, branch_norms is None] != [kind is None for kind in kinds]:
+                raise ValueError(
+                    f"a call has the config's norms or none: norm, branch_norm {kinds}"
+                )
         for name, child in self._modules.items():
             if child is not None and not is_plain(child, self._adopted.get(name, type(child))):
                 return None  # another activation than there was, or hooks on it, say
@@ -567,25 +611,27 @@ class TritonMLP(StandIn):
             if up_read[1] is not None:
                 biases = split_packed(self.packed, up_read[1])
             up_read, gate_read = zip(weights, biases, strict=True)
-        norm_weight = norm_bias = None
+        norm_read = None, None
         if norm is not None:
-            if (
-                not is_plain(norm, self.norm_class)
-                or read_epsilon(norm) != self.mlp_config.norm_eps
-            ):
+            norm_read = read_norm(norm, self.norm_class, config.norm_eps)
+            if norm_read is None or (branch_norms is not None and norm_read[1] is not None):
                 return None
-            norm_read = read_parameters(norm)
-            if norm_read is None:
+        attention_norm_weight = output_norm_weight = None
+        if branch_norms is not None:
+            attention_norm_weight, output_norm_weight = (
+                read_branch_norm(each, self.norm_class, config.norm_eps) for each in branch_norms
+            )
+            if attention_norm_weight is None or output_norm_weight is None:
                 return None
-            norm_weight, norm_bias = norm_read
         return MLPWeights(
             up_read[0],
             down_read[0],
             up_read[1],
             down_read[1],
             *gate_read,
-            norm_weight,
-            norm_bias,
+            *norm_read,
+            attention_norm_weight,
+            output_norm_weight,
         )
 
     def _own_weights(self) -> MLPWeights:
@@ -595,16 +641,9 @@ class TritonMLP(StandIn):
             up, gate = up.chunk(2)
             if up_bias is not None:
                 up_bias, gate_bias = up_bias.chunk(2)
-        return MLPWeights(
-            up,
-            self.output_w,
-            up_bias,
-            self.output_b,
-            gate,
-            gate_bias,
-            self.attn_nw,
-            self.attn_nb,
-        )
+        branch_weights = (None, None) if self.branch_nw is None else self.branch_nw.unbind()
+        projections = up, self.output_w, up_bias, self.output_b, gate, gate_bias
+        return MLPWeights(*projections, self.attn_nw, self.attn_nb, *branch_weights)
 
     def _check_place(self, input: Tensor, weights: MLPWeights) -> None:
         if input.device != weights.up.device:
@@ -620,25 +659,26 @@ class TritonMLP(StandIn):
         bias: Tensor | None,
         norm: nn.Module | None,
         projections: Projections | None,
+        branch_norms: BranchNorms | None,
     ) -> Tensor:
-        """The original computation: norm and projections are called."""
+        """The original computation: norms and projections are called."""
         assert not self.proving, "only what is read can be proven"
         config = self.mlp_config
-        if self.original_class is not None and norm is None and residual_norm is None:
+        normed = self._has_norms(norm, branch_norms) or residual_norm is not None
+        if self.original_class is not None and not normed:
             arguments = (input,) if residual is None else (input, residual)
             return self.original_class.forward(self, *arguments)
         parts: dict[str, Callable[[Tensor], Tensor] | None]
         if self.owns_weights:
-            w = self._own_weights()
+            w, eps, kind = self._own_weights(), config.norm_eps, config.branch_norm
             parts = projection_functions(w)
-            parts["norm"] = (
-                None
-                if config.norm is None
-                else norm_function(config.norm, w.norm_weight, w.norm_bias, config.norm_eps)
-            )
+            parts["norm"] = norm_function(config.norm, w.norm_weight, w.norm_bias, eps)
+            parts["attention_norm"] = norm_function(kind, w.attention_norm_weight, None, eps)
+            parts["output_norm"] = norm_function(kind, w.output_norm_weight, None, eps)
         else:
             up, gate, down = self._projections(projections)
             parts = {"norm": norm, "up": up, "gate": gate, "down": down}
+            parts["attention_norm"], parts["output_norm"] = branch_norms or (None, None)
         return compose(
             input,
             residual,

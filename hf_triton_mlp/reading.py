@@ -73,6 +73,21 @@ def read_epsilon(norm: nn.Module) -> float | None:
     return None
 
 
+def read_norm(
+    norm: nn.Module, cls: type[nn.Module], epsilon: float
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """(weight, bias) of a plain norm of this class and epsilon; None if it must be called."""
+    if not is_plain(norm, cls) or read_epsilon(norm) != epsilon:
+        return None
+    return read_parameters(norm)
+
+
+def read_branch_norm(norm: nn.Module, cls: type[nn.Module], epsilon: float) -> Tensor | None:
+    """The weight of a norm as `read_norm`, which has no bias; None if it must be called."""
+    weight, bias = read_norm(norm, cls, epsilon) or (None, None)
+    return weight if bias is None else None
+
+
 def stored_by_output(projection: nn.Module) -> Tensor | None:
     """A copy of a Conv1D's weight (in, out) with strides (1, in); None where that is not wanted.
 
