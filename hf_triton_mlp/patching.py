@@ -26,8 +26,9 @@ from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
+    read_branch_norm,
     read_epsilon,
-    read_parameters,
+    read_norm,
     read_projection,
 )
 from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short, specs
@@ -357,9 +358,10 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         _check_forward(f"{name}.{spec.mlp}", mlp)
 
     up, gate, down = spec.projections(layer)
-    norm = _norm(spec, layer) if depth == "layer" else None
-    hidden, intermediate = _sizes(name, up, down, norm, packed=spec.packed is not None)
-    epsilon = None if norm is None else read_epsilon(norm)
+    fused = depth == "layer"
+    norms = spec.norms(layer) if fused else {}
+    hidden, intermediate = _sizes(name, up, down, norms, packed=spec.packed is not None)
+    epsilon = next(map(read_epsilon, norms.values()), None)
     weight = getattr(up, "weight", None)
     dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
     if isinstance(weight, torch.Tensor) and weight.is_cuda:
@@ -370,10 +372,11 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         dtype=dtype if dtype in DTYPES else torch.float32,
         activation=_activation_name(spec, name, layer),
         gated=gate is not None or spec.packed is not None,
-        norm=None if norm is None else spec.norm_kind,
+        norm=spec.norm_kind if fused and spec.norm_name(layer) is not None else None,
         norm_eps=1e-5 if epsilon is None else epsilon,
         pre_norm=spec.pre_norm(layer),
-        branch_scale=spec.branch_scale(layer) if depth == "layer" else 1.0,
+        branch_scale=spec.branch_scale(layer) if fused else 1.0,
+        branch_norm=spec.norm_kind if fused and spec.branch_norms is not None else None,
         up_bias=getattr(up, "bias", None) is not None,
         down_bias=getattr(down, "bias", None) is not None,
     )
@@ -384,10 +387,14 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
     return _Swap(spec, name, layer, config, depth)
 
 
-def _norm(spec: MLPSpec, layer: nn.Module) -> nn.Module | None:
-    """The norm that a fused layer leaves to its TritonMLP."""
-    name = None if spec.norm is None else spec.norm(layer)
-    return None if name is None else layer.get_submodule(name)
+def _called_norms(spec: MLPSpec, layer: nn.Module, config: MLPConfig) -> list[str]:
+    """The norms of a fused layer that the kernels do not read."""
+    cls, found = _norm_class(spec) or nn.Module, []
+    for name, norm in spec.norms(layer).items():
+        read = read_branch_norm if name in (spec.branch_norms or ()) else read_norm
+        if read(norm, cls, config.norm_eps) is None:
+            found.append(f"{name} ({type(norm).__name__})")
+    return found
 
 
 def _norm_class(spec: MLPSpec) -> type[nn.Module] | None:
@@ -406,7 +413,7 @@ def _check_forward(name: str, module: nn.Module) -> None:
 
 
 def _sizes(
-    name: str, up: nn.Module, down: nn.Module, norm: nn.Module | None, *, packed: bool
+    name: str, up: nn.Module, down: nn.Module, norms: dict[str, nn.Module], *, packed: bool
 ) -> tuple[int, int]:
     """(hidden, intermediate) from the plain projections, or from what wrappers tell."""
     up_read, down_read = read_projection(up), read_projection(down)
@@ -425,13 +432,14 @@ def _sizes(
             f"{name}: the sizes of the up projection ({type(up).__name__}) are unknown; "
             "supported: Linear, Conv1D and wrappers with in_features and out_features"
         )
-    shape = getattr(getattr(norm, "weight", None), "shape", (hidden,))
-    normalized = getattr(norm, "normalized_shape", shape)
-    if tuple(normalized) != (hidden,):
-        raise ValueError(
-            f"{name}: mismatched shapes: the norm has {tuple(normalized)}, "
-            f"the up projection takes {hidden}"
-        )
+    for norm in norms.values():
+        shape = getattr(getattr(norm, "weight", None), "shape", (hidden,))
+        normalized = getattr(norm, "normalized_shape", shape)
+        if tuple(normalized) != (hidden,):
+            raise ValueError(
+                f"{name}: mismatched shapes: the norm has {tuple(normalized)}, "
+                f"the up projection takes {hidden}"
+            )
     return hidden, intermediate
 
 
@@ -488,10 +496,8 @@ def _readable(swap: _Swap) -> bool:
             return False
     if swap.depth == "mlp":
         return proof.can_run(layer.get_submodule(spec.mlp or ""), None)
-    norm, norm_class = _norm(spec, layer), _norm_class(spec)
-    if norm is not None:
-        if norm_class is None or not is_plain(norm, norm_class) or read_parameters(norm) is None:
-            return False
+    if _called_norms(spec, layer, swap.config):
+        return False
     return proof.can_run(layer, spec.attention)
 
 
@@ -513,7 +519,9 @@ def _prove(swap: _Swap) -> bool:
             module, attention = layer.get_submodule(spec.mlp or ""), None
             patch = lambda twin: _adopt(swap, twin)  # noqa: E731
             unpatch = lambda twin: twin.release()  # noqa: E731
-        found, own = proof.errors(module, attention, read[0], patch, unpatch)
+        normed = swap.config.branch_norm is not None
+        scales = proof.NORMED_SCALES if normed else proof.SCALES
+        errors = proof.errors(module, attention, read[0], patch, unpatch, scales)
     except Exception as error:
         if any(text in str(error) for text in NO_MEMORY):
             return False
@@ -521,13 +529,14 @@ def _prove(swap: _Swap) -> bool:
             f"{name}: a copy of it cannot be run to verify its patch ({type(error).__name__}: "
             f"{error}); verify=False leaves that out"
         ) from error
-    if not math.isfinite(own):
+    if not all(math.isfinite(own) for _, own in errors):
         return False
-    if not proof.within_bound(found, own, dtype):
-        raise ValueError(
-            f"{name}: a {type(module).__name__} computes something else than TritonMLP would: on a "
-            f"random token the error is {found:.2e}, that of torch in {dtype} is {own:.2e}"
-        )
+    for found, own in errors:
+        if not proof.within_bound(found, own, dtype):
+            raise ValueError(
+                f"{name}: a {type(module).__name__} computes something else than TritonMLP would: "
+                f"on a random token the error is {found:.2e}, that of torch in {dtype} is {own:.2e}"
+            )
     return True
 
 
@@ -591,18 +600,14 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if _by_structure(spec):
         verified += ", by structure"
     fused = isinstance(layer, FusedLayer)
-    norm = _norm(spec, layer) if fused else None
-    before = "attention" if norm is None else "attention residual + norm"
-    replaced = f"{before} + MLP + residual" if fused else "MLP"
+    replaced = _half(spec, layer) if fused else "MLP"
     read = read_projection(up)
     called = [
         f"{path} ({type(module).__name__})"
         for path, module in ((spec.up, up), (spec.gate, gate), (spec.down, down))
         if module is not None and read_projection(module) is None
     ]
-    if norm is not None:
-        if not is_plain(norm, mlp.norm_class) or read_parameters(norm) is None:
-            called.append(f"{spec.norm and spec.norm(layer)} ({type(norm).__name__})")
+    called += _called_norms(spec, layer, mlp.mlp_config) if fused else []
     called += [
         f"{path} (hooks)"
         for path, module in ((spec.activation, _get(layer, spec.activation)), ("mlp", mlp))
@@ -620,3 +625,11 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     down_plan = plan_linear(1, (read_projection(down) or read)[0])
     plan = f"decode: {up_plan}; {down_plan}"
     return PatchRow(name, replaced, dtype, device, plan, verified, "")
+
+
+def _half(spec: MLPSpec, layer: nn.Module) -> str:
+    """What a fused layer leaves to its TritonMLP."""
+    branch = "norm + " if spec.branch_norms is not None else ""
+    before = "attention residual" if spec.norms(layer) else "attention"
+    norm = "norm + " if spec.norm_name(layer) is not None else ""
+    return f"{branch}{before} + {norm}MLP + {branch}residual"

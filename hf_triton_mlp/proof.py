@@ -3,7 +3,7 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,14 @@ from torch import Tensor, nn
 from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.reading import has_own_forward, is_plain
 
+#: What attention returns.
+ATTENTION_SCALE = 1 / 32
+
 #: What enters a layer is so small that it hides nothing which the MLP, behind a norm, adds to it.
-PROBE_SCALE = 1 / 32
+SCALES = (1 / 32,)
+
+#: Where a norm enlarges what attention returns, that must not hide what enters the layer either.
+NORMED_SCALES = (1 / 32, 1.0)
 
 #: As in the tests of the kernels: torch's own error may be nothing, by chance.
 ERROR_RATIO = 2
@@ -54,11 +60,13 @@ def errors(
     like: Tensor,
     patch: Callable[[nn.Module], TritonMLP],
     unpatch: Callable[[nn.Module], None],
-) -> tuple[float, float]:
+    scales: Sequence[float] = SCALES,
+) -> list[tuple[float, float]]:
     """(error of `module` patched, torch's own), relative to the same in a wider dtype.
 
     module: a decoder layer, whose attention is left out, or (attention None) an MLP. like: a
-    weight (…, H), whose dtype and device the probe has. A copy is run, without the attention's
+    weight (…, H), whose dtype and device the probe has. scales: of what enters the layer, each
+    gives a pair of errors. A copy is run, without the attention's
     weights: by its own class, patched, and in float32, or float64 where it is float32. On a GPU
     the patched copy runs the kernels, elsewhere PyTorch on the tensors that they would read.
     """
@@ -72,17 +80,21 @@ def errors(
     parameters = list(inspect.signature(module.forward).parameters.values())
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if attention is None:
-        inputs = [random() for _ in required]
+        probes = [[random() for _ in required]]
     else:
-        memo[id(module.get_submodule(attention))] = _Attention(PROBE_SCALE * random())
-        inputs = [PROBE_SCALE * random(), *[None] * (len(required) - 1)]
+        memo[id(module.get_submodule(attention))] = _Attention(ATTENTION_SCALE * random())
+        x, others = random(), [None] * (len(required) - 1)
+        probes = [[scale * x, *others] for scale in scales]
 
     twin = copy.deepcopy(module, memo).eval()
 
     def run(dtype: torch.dtype) -> Tensor:
+        outputs = []
         with torch.autocast(device.type, enabled=False):
-            output = twin.forward(*[None if x is None else x.to(dtype) for x in inputs])
-        return output if isinstance(output, Tensor) else output[0]
+            for inputs in probes:
+                output = twin.forward(*[None if x is None else x.to(dtype) for x in inputs])
+                outputs.append(output if isinstance(output, Tensor) else output[0])
+        return torch.stack(outputs)
 
     own = run(dtype)
     patch(twin).proving = True
@@ -93,13 +105,13 @@ def errors(
     twin.to(wide)
     exact = run(wide).double()
 
-    def error(outputs: Tensor) -> float:
-        """The greatest of some outputs; NaN if one has it."""
-        distance = (outputs.double() - exact).flatten(1).norm(dim=1).max().item()
-        size = exact.norm().item()
-        return distance / size if size else distance
+    def error(outputs: Tensor) -> list[float]:
+        """For each probe the greatest of some outputs; NaN if one has it."""
+        distance = (outputs.double() - exact).flatten(2).norm(dim=2).amax(0)
+        size = exact.flatten(1).norm(dim=1)
+        return torch.where(size > 0, distance / size, distance).tolist()
 
-    return error(found), error(own[None])
+    return list(zip(error(found), error(own[None]), strict=True))
 
 
 def within_bound(found: float, own: float, dtype: torch.dtype) -> bool:

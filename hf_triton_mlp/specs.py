@@ -87,6 +87,8 @@ class MLPSpec:
     norm_kind, norm_class: what that norm computes, as in MLPConfig, and the class which does.
     pre_norm: whether the residual is what enters that norm, given the layer.
     branch_scale: what a fused layer multiplies attention and MLP by, given the layer.
+    branch_norms: the norms of what the attention and of what the MLP adds to the residual, paths;
+        they are RMSNorms of norm_class too.
     refuse: the reason why this layer cannot be patched, or None.
     """
 
@@ -107,6 +109,7 @@ class MLPSpec:
     norm_class: str = "torch.nn.modules.normalization.LayerNorm"
     pre_norm: Callable[[Any], bool] = _pre_norm
     branch_scale: Callable[[Any], float] = _unscaled
+    branch_norms: tuple[str, str] | None = None
     refuse: Callable[[Any], str | None] = _supported
 
     def projections(self, layer: nn.Module) -> Projections:
@@ -114,6 +117,15 @@ class MLPSpec:
         owner = layer if self.mlp is None else layer.get_submodule(self.mlp)
         gate = None if self.gate is None else owner.get_submodule(self.gate)
         return owner.get_submodule(self.up), gate, owner.get_submodule(self.down)
+
+    def norm_name(self, layer: nn.Module) -> str | None:
+        """The norm in front of the MLP that a fused layer leaves to its TritonMLP."""
+        return None if self.norm is None else self.norm(layer)
+
+    def norms(self, layer: nn.Module) -> dict[str, nn.Module]:
+        """All norms that a fused layer leaves to its TritonMLP."""
+        names = self.norm_name(layer), *(self.branch_norms or ())
+        return {name: layer.get_submodule(name) for name in names if name is not None}
 
     @property
     def depths(self) -> tuple[str, ...]:
