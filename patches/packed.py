@@ -41,10 +41,6 @@ PHI3_LAYERS = (
 MLPS = (
     ("dia", "DiaDecoderLayer", "DiaMLP"),
     ("dia", "DiaEncoderLayer", "DiaMLP"),
-    ("glm4", "Glm4DecoderLayer", "Glm4MLP"),
-    ("glm4v", "Glm4vTextDecoderLayer", "Glm4vTextMLP"),
-    ("glm_image", "GlmImageTextDecoderLayer", "GlmImageTextMLP"),
-    ("glm_ocr", "GlmOcrTextDecoderLayer", "GlmOcrTextMLP"),
 )
 
 #: The same, up first: (family, layer, MLP).
@@ -54,17 +50,23 @@ MOONSHINES = (
 )
 
 
-def _packed(spec: MLPSpec, **changes: Any) -> MLPSpec:
+def with_packed_mlp(spec: MLPSpec, **changes: Any) -> MLPSpec:
     """A spec with Phi-3's MLP but for `changes`."""
     phi3 = {"up": "gate_up_proj", "gate": None, "packed": "gate_up"}
     return replace(spec, **{**phi3, "activation": "mlp.activation_fn", **changes})
 
 
 SPECS = (
-    *(_packed(like_llama(*names)) for names in (*LAYERS, *MLPS)),
-    *(_packed(like_llama(*names, fused_layer=FusedPhi3DecoderLayer)) for names in PHI3_LAYERS),
-    *(_packed(like_llama(*names), up="fc1", packed="up_gate", down="fc2") for names in MOONSHINES),
-    _packed(
+    *(with_packed_mlp(like_llama(*names)) for names in (*LAYERS, *MLPS)),
+    *(
+        with_packed_mlp(like_llama(*names, fused_layer=FusedPhi3DecoderLayer))
+        for names in PHI3_LAYERS
+    ),
+    *(
+        with_packed_mlp(like_llama(*names), up="fc1", packed="up_gate", down="fc2")
+        for names in MOONSHINES
+    ),
+    with_packed_mlp(
         like_llama("granitemoehybrid", "GraniteMoeHybridDecoderLayer", "GraniteMoeHybridMLP"),
         mlp="shared_mlp",
         up="input_linear",
