@@ -20,7 +20,7 @@ from hf_triton_mlp import autotune, launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
 from hf_triton_mlp.measure import CASES, Case
-from hf_triton_mlp.tuning import Linear, Plan, choose
+from hf_triton_mlp.tuning import PDL_CAPABILITY, Linear, Plan, choose
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -137,6 +137,22 @@ def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
     up, down = plans or (choose(linear, (9, 0)) for linear in linears)
     for call in launches(case, tokens, torch.float16, (up, down)):
         check_compiles(call, (9, 0), tmp_path)
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("hidden", [2048, 3584, 5376, 16384])
+@pytest.mark.parametrize("normed", [True, False])
+def test_branch_norms_compile(
+    hidden: int, normed: bool, dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    """One block or several; with the norm of the sum, as behind attention, and without."""
+    x, residual, total, out = torch.empty(4, 3, hidden, dtype=dtype, device="meta")
+    kind = "rms_norm_offset" if normed else "rms_norm"
+    norm = launchers.BranchNorm(kind, 1e-6, x[0], total, *((x[0], out) if normed else ()))
+    pdl = capability >= PDL_CAPABILITY
+    call = launchers.norm_sum_launch(x, None, residual, norm, pdl=pdl)
+    check_compiles(call, capability, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,11 @@ class Launches:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        for module, name, linears in ((ops, "linear", 1), (launchers, "normed_mlp", 2)):
+        for module, name, linears in (
+            (ops, "linear", 1),
+            (launchers, "normed_mlp", 2),
+            (launchers, "branch_normed_mlp", 2),
+        ):
             monkeypatch.setattr(module, name, self.counted(getattr(module, name), linears))
 
     def counted(self, launch: Callable[..., torch.Tensor], linears: int) -> Any:
@@ -303,7 +307,9 @@ class Launches:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", ["gpt2", "bloom", "opt", "opt-post-norm", "llama", "gemma"])
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "bloom", "opt", "opt-post-norm", "llama", "gemma", "gemma2", "olmo2"]
+)
 def test_the_kernels_run_on_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches(monkeypatch)
     model = patch_model(tiny.build_variant(variant).cuda(), verify=False)
@@ -315,7 +321,7 @@ def test_the_kernels_run_on_a_gpu(variant: str, monkeypatch: pytest.MonkeyPatch)
 # --- under the interpreter --------------------------------------------------------------------
 
 INTERPRETED_VARIANTS = ["gpt2", "bloom", "bloom-residual-after-norm", "opt", "opt-post-norm"]
-INTERPRETED_VARIANTS += ["llama-gelu", "llama-bias", "qwen2", "olmo2"]
+INTERPRETED_VARIANTS += ["llama-gelu", "llama-bias", "qwen2", "gemma2", "olmo2"]
 
 
 @needs_interpreter

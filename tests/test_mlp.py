@@ -76,6 +76,17 @@ def expected(
     def add(*terms: torch.Tensor | None) -> torch.Tensor:
         return sum(t for t in terms if t is not None)  # type: ignore[return-value]
 
+    if mlp.mlp_config.branch_norm is not None:
+        norm_a, norm_c = p.get("branch_nw", torch.ones(2, 1).double())
+
+        def rms_norm(x: torch.Tensor, weight: torch.Tensor | int) -> torch.Tensor:
+            offset = mlp.mlp_config.branch_norm == "rms_norm_offset" and mlp.branch_nw is not None
+            rms = (x.square().mean(-1, keepdim=True) + mlp.mlp_config.norm_eps).sqrt()
+            return x / rms * (weight + offset)
+
+        s = add(rms_norm(add(a, b_a), norm_a), r)
+        u = s if mlp.mlp_config.norm is None else rms_norm(s, p.get("attn_nw", 1))
+        return rms_norm(feed_forward(u), norm_c) + s
     if mlp.mlp_config.norm is not None:
         s = add(a, b_a, r)
         if mlp.mlp_config.norm == "layer_norm":
@@ -111,6 +122,30 @@ def test_norm_cases(device: str, tokens: tuple[int, int], norm: str, pre_norm: b
             torch.testing.assert_close(
                 out.double(), expected(mlp, a, residual, None, attention_bias), **CLOSE
             )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 13)])
+@pytest.mark.parametrize("norm", [True, False])
+def test_branch_norm_cases(device: str, tokens: tuple[int, int], norm: bool) -> None:
+    torch.manual_seed(0)
+    a, r = (torch.randn(*tokens, H, device=device) for _ in range(2))
+    b_a = torch.randn(H, device=device)
+    for kind, gated, affine, residual, attention_bias in (
+        ("rms_norm", True, True, r, None),
+        ("rms_norm_offset", False, True, None, b_a),
+        ("rms_norm_offset", False, False, r, b_a),
+    ):
+        config = MLPConfig(
+            hidden_size=H, intermediate_size=I, activation="silu", gated=gated, branch_norm=kind,
+            norm=kind if norm else None, norm_affine=affine, norm_eps=0.1, up_bias=not gated,
+            down_bias=not gated,
+        )  # fmt: skip
+        mlp = randomized(TritonMLP(config)).to(device)
+        with torch.no_grad():
+            out = mlp(a, residual=residual, bias=attention_bias)
+        exact = expected(mlp, a, residual, None, attention_bias)
+        torch.testing.assert_close(out.double(), exact, **CLOSE)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -451,6 +486,57 @@ def test_launches_that_are_bound_beside_an_attention(
         torch.testing.assert_close(moving[3].double(), exact, **CLOSE)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("norm", "summand"), [("rms_norm", True), (None, True), (None, False)])
+def test_launches_that_are_bound_with_branch_norms(
+    norm: str | None, summand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Launch] = []
+    monkeypatch.setattr(
+        "hf_triton_mlp.bound.bind", lambda call, moving: calls.append(call) or launch(call)
+    )
+    config = MLPConfig(
+        hidden_size=H, intermediate_size=I, norm=norm, branch_norm="rms_norm", gated=True
+    )
+    mlp = randomized(TritonMLP(config))
+    mlp._bound = BoundParts(mlp, mlp._parts(None, None), 1e-5, DecodeMLP(mlp._own_weights().up))
+    attention, r = torch.randn(2, 3, H)
+    residual = r if summand else None
+    with torch.no_grad():
+        mlp._bind(attention, residual, None, mlp._own_weights(), None, None, None, True)
+        exact = expected(mlp, attention, residual, None, None)
+    assert len(calls) == 4
+    torch.testing.assert_close(calls[-1].tensors[-2].double(), exact, **CLOSE)  # type: ignore[union-attr]
+
+
+def test_a_call_without_the_norm_of_the_config_binds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the original forward of a layer calls its MLP, which the layer normed itself."""
+    layers = InModel(H, I, "cpu", torch.float32)
+    weights = layers.mlp._weights(layers.norm, None)
+    assert weights is not None
+    found: list[object] = []
+    monkeypatch.setattr(
+        DecodeMLP, "bind", lambda self, *arguments, norm, **named: found.append(norm)
+    )
+    x = torch.randn(1, H)
+    layers.mlp._bind(x, x, None, weights, layers.norm, None, None, False)
+    layers.mlp._bind(x, None, None, weights, None, None, None, False)
+    assert found == [("layer_norm", layers.norm.weight, layers.norm.bias, 1e-5), None]
+
+
+@pytest.mark.gpu
+def test_calls_with_and_without_the_norm_of_the_config() -> None:
+    layers = InModel(H, I, "cuda", torch.float32)
+    a, r = torch.randn(2, 1, H, device="cuda")
+    with torch.no_grad():
+        alone = layers.down(F.relu(layers.up(a)))
+        for _ in range(3):
+            torch.testing.assert_close(layers(a, r), layers.plain(a, r), **CLOSE)
+        for _ in range(3):
+            torch.testing.assert_close(layers.mlp(a), alone, **CLOSE)
+        torch.testing.assert_close(layers(a, r), layers.plain(a, r), **CLOSE)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -567,6 +653,18 @@ class TestBadInput:
         ({"norm_eps": -1.0}, ValueError, "norm_eps"),
         ({"branch_scale": 0.5, "norm": None}, ValueError, "branch_scale 0.5.*norm"),
         ({"branch_scale": 0.5, "pre_norm": False}, ValueError, "branch_scale 0.5.*pre_norm"),
+        ({"branch_norm": "layer_norm"}, ValueError, "layer_norm.*supported.*rms_norm"),
+        ({"branch_norm": "rms_norm"}, ValueError, "branch_norm 'rms_norm'.*found 'layer_norm'"),
+        (
+            {"branch_norm": "rms_norm", "norm": "rms_norm", "pre_norm": False},
+            ValueError,
+            "pre_norm.*False",
+        ),
+        (
+            {"branch_norm": "rms_norm", "norm": "rms_norm", "branch_scale": 0.5},
+            ValueError,
+            "branch_scale.*0.5",
+        ),
         ({"dtype": torch.float64}, ValueError, "float64.*supported"),
         ({"dtype": torch.int8}, ValueError, "int8.*supported"),
     ],

@@ -16,14 +16,17 @@ from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import (
     NO_SUMMANDS,
+    BranchNorm,
     Launch,
     Norm,
     Summands,
     launch,
     linear,
     linear_launch,
+    norm_sum,
 )
 from hf_triton_mlp.ops import (
+    BRANCH_NORMS,
     NORMS,
     GELUGemmOp,
     MLPGemmOp,
@@ -232,6 +235,67 @@ def test_bound_launches_scale_it_too(
     op = MLPGemmOp(activation="silu", norm="rms_norm", branch_scale=0.3)
     weights = weights._replace(norm_bias=None)
     assert torch.equal(calls[-1].tensors[-1], op(x, weights, summand))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_what_joins_a_residual_may_be_normed(device: str, dtype: torch.dtype, tokens: int) -> None:
+    for kind, front, hidden, gated, summand, affine in (
+        ("rms_norm_offset", True, 17, True, True, True),
+        ("rms_norm", False, 24, True, True, True),
+        ("rms_norm", True, 40, False, False, False),
+    ):
+        norm, offset = kind if front else None, float(kind == "rms_norm_offset")
+        weights = mlp_weights(hidden, 33, dtype, device, gated=gated, bias=gated, affine=affine)
+        weights = weights._replace(norm_bias=None)
+        if affine:
+            attention, output = (1 - offset + 0.3 * torch.randn(2, hidden)).to(weights.up)
+            weights = weights._replace(
+                norm_weight=weights.norm_weight - offset,
+                attention_norm_weight=attention,
+                output_norm_weight=output,
+            )
+        op = MLPGemmOp(activation="silu", norm=norm, norm_eps=1e-3, branch_norm=kind)
+        check_mlp_gemm(op, weights, tokens, residual=summand, bias=not summand)
+
+
+@pytest.mark.parametrize("device", DEVICES[:1] if INTERPRETED else DEVICES[1:])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [17, 768, 8209])
+@pytest.mark.parametrize("kind", BRANCH_NORMS)
+def test_a_sum_of_a_norm_and_its_norm(
+    device: str, dtype: torch.dtype, hidden: int, kind: str
+) -> None:
+    """Rows that are a part of longer ones; the longest are more than one block."""
+    x, residual = torch.randn(2, 3, hidden + 8).to(device, dtype)[..., 8:]
+    weight, next_weight = (0.5 + 0.3 * torch.randn(2, hidden)).to(x)
+    bias = torch.randn(hidden).to(x)
+    pdl = device == "cuda" and torch.cuda.get_device_capability() >= PDL_CAPABILITY
+    for r, b, w, normed in (
+        (residual, bias, weight, True),
+        (residual, None, None, True),
+        (None, None, weight, False),
+    ):
+        total, out = torch.empty(2, 3, hidden).to(x)
+        found = BranchNorm(kind, 1e-3, w, total, next_weight, out if normed else None)
+        norm_sum(x, b, r, found, pdl=pdl)
+
+        def formula(
+            x: torch.Tensor, r: torch.Tensor | None, b: torch.Tensor | None, *w: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            branch, norm = (norm_function(kind, each, None, 1e-3) for each in w)
+            s = branch(x if b is None else x + b)
+            s = s if r is None else r + s
+            return s, norm(s)
+
+        plain = formula(x, r, b, w, next_weight)
+        exact = formula(*wide((x, r, b, w, next_weight)))
+        assert_accurate(total, plain[0], exact[0])
+        if normed:
+            assert_accurate(out, plain[1], exact[1])
+        else:
+            assert out.isnan().all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -582,10 +646,12 @@ def test_ranks_add_up_to_the_whole() -> None:
 def test_empty_and_leading_dimensions(device: str) -> None:
     weights = mlp_weights(24, 40, torch.float32, device)
     op, gelu = MLPGemmOp(activation="relu"), GELUGemmOp(activation="relu")
+    branch = MLPGemmOp(activation="relu", norm=None, branch_norm="rms_norm")
     for shape in ((0, 24), (2, 0, 24), (24,), (2, 3, 24), (1, 2, 3, 24)):
         x = torch.randn(shape).to(device)
         with torch.no_grad():
             assert op(x, weights, x).shape == x.shape
+            assert branch(x, weights._replace(norm_bias=None), x).shape == x.shape
             assert gelu(x, weights).shape == x.shape
             assert VectorMatMulOp()(x, weights.up).shape == (*shape[:-1], 40)
             assert ResidualAddOp()(x, x).shape == x.shape
@@ -652,9 +718,12 @@ def test_opcheck(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # opcheck compares with its own torch.empty
     weights = mlp_weights(16, 24, torch.float32, device)
     x, bias = torch.randn(2, 3, 16).to(device), torch.randn(16).to(device)
+    normed = weights._replace(norm_bias=None, attention_norm_weight=bias, output_norm_weight=bias)
     ops = torch.ops.hf_triton_mlp
     for op, args in (
         (ops.mlp_gemm, (x, x, bias, *weights, "relu", "layer_norm", 1e-5, True)),
+        (ops.mlp_gemm, (x, x, bias, *normed, "relu", "rms_norm", 1e-5, True, 1.0, "rms_norm")),
+        (ops.mlp_gemm, (x, None, None, *normed, "relu", None, 1e-5, True, 1.0, "rms_norm")),
         (ops.gelu_gemm, (x, *weights[:6], x, None, bias, "gelu")),
         (ops.vector_matmul, (x, weights.up, weights.up_bias)),
         (ops.residual_add, (x, x, None, bias, None, 1.0, 1.0)),
@@ -705,6 +774,11 @@ class TestBadInput:
             MLPGemmOp(activation="mish")
         with pytest.raises(ValueError, match=r"batch.*supported.*rms_norm"):
             MLPGemmOp(activation="relu", norm="batch")
+        with pytest.raises(ValueError, match=r"None.*supported.*rms_norm"):
+            MLPGemmOp(activation="relu", norm=None)
+        with pytest.raises(ValueError, match=r"norm_bias"):
+            op = MLPGemmOp(activation="relu", norm=None, branch_norm="rms_norm")
+            op(torch.ones(2, 8, device=device), self.weights(device))
 
 
 @pytest.mark.gpu

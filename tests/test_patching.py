@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
-from hf_triton_mlp import TritonMLP, patch_model, patch_report, patched, unpatch_model
+from hf_triton_mlp import (
+    TritonMLP,
+    patch_model,
+    patch_report,
+    patched,
+    patching,
+    unpatch_model,
+)
 from hf_triton_mlp.mlp import FusedLayer
+from hf_triton_mlp.specs import specs
 
 LAST = tiny.LAYERS - 1
 CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
@@ -418,8 +427,12 @@ def test_a_subclassed_layer_is_refused(family: str) -> None:
     assert_refused(model, f"OwnLayer.*{base.__name__}")
 
 
-def test_a_family_without_a_fused_layer_has_its_mlps_replaced() -> None:
-    model = tiny.build("olmo2")
+def test_a_family_without_a_fused_layer_has_its_mlps_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    llama = next(spec for spec in specs() if spec.family == "llama")
+    monkeypatch.setattr(patching, "specs", lambda: (replace(llama, fused_layer=None),))
+    model = tiny.build("llama")
     before, expected = tree(model), logits(model)
     for depth in ("layer", "mlp"):
         patch_model(model, depth=depth)

@@ -31,7 +31,8 @@ def test_every_model_type_is_classified() -> None:
     [
         ("gpt2", "fused layer", "GPT2Block"),
         ("llama", "fused layer", "LlamaDecoderLayer"),
-        ("exaone4", "MLP", "Exaone4DecoderLayer"),
+        ("exaone4", "fused layer", "Exaone4DecoderLayer"),
+        ("emu3", "MLP", "Emu3DecoderLayer"),
         ("xlm", "by structure", "TransformerFFN"),
         ("deepseek_v3", "dense MLPs only", "3 of 61, DeepseekV3MLP; not DeepseekV3MoE"),
         ("mixtral", "mixture of experts", "MixtralSparseMoeBlock"),
@@ -58,7 +59,7 @@ def test_support(model_type: str, kind: str, detail: str) -> None:
         ("gpt2", {"activation_function": "tanh"}, "unsupported activation"),
         ("bloom", {"pretraining_tp": 2, "slow_but_exact": True}, "refused"),
         ("opt", {}, "fused layer"),
-        ("olmo2", {}, "MLP"),
+        ("olmo2", {}, "fused layer"),
     ],
 )
 def test_other_configs(family: str, changes: dict[str, Any], kind: str) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
     GPT2Config,
@@ -50,10 +52,11 @@ CAUSAL: dict[str, type[PreTrainedModel]] = {
     "smollm3": SmolLM3ForCausalLM,
     "gemma": GemmaForCausalLM,
     "granite": GraniteForCausalLM,
+    "gemma2": Gemma2ForCausalLM,
     "olmo2": Olmo2ForCausalLM,
 }
 
-#: The families of `VARIANTS` with Llama's layer, and those with its MLP alone.
+#: The families of `VARIANTS` with Llama's layer, or one that differs by its norms.
 LLAMA_SHAPED: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -62,8 +65,9 @@ LLAMA_SHAPED: dict[str, type[PretrainedConfig]] = {
     "smollm3": SmolLM3Config,
     "gemma": GemmaConfig,
     "granite": GraniteConfig,
+    "gemma2": Gemma2Config,
+    "olmo2": Olmo2Config,
 }
-LLAMA_MLPS: dict[str, type[PretrainedConfig]] = {"olmo2": Olmo2Config}
 
 
 class Place(NamedTuple):
@@ -151,6 +155,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {}),
     "gemma": ("gemma", {}),
     "granite": ("granite", {"residual_multiplier": 0.3, "mlp_bias": True}),
+    "gemma2": ("gemma2", {"sliding_window": 4}),
     "olmo2": ("olmo2", {}),
 }
 
@@ -169,7 +174,7 @@ def config(family: str, **changes: Any) -> PretrainedConfig:
         dropout = dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.0)
         sizes = {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}
         return BloomConfig(**{**common, **sizes, **dropout, **changes})
-    if family in LLAMA_SHAPED or family in LLAMA_MLPS:
+    if family in LLAMA_SHAPED:
         sizes = {
             "max_position_embeddings": 64,
             "hidden_size": HIDDEN,
@@ -179,8 +184,7 @@ def config(family: str, **changes: Any) -> PretrainedConfig:
             "num_key_value_heads": 2,
             "head_dim": 6,
         }
-        cls = {**LLAMA_SHAPED, **LLAMA_MLPS}[family]
-        return cls(**{**common, **sizes, **changes})
+        return LLAMA_SHAPED[family](**{**common, **sizes, **changes})
     dropout = dict.fromkeys(("dropout", "attention_dropout"), 0.0)
     sizes = {
         "max_position_embeddings": 64,
