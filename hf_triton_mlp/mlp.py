@@ -450,10 +450,11 @@ class TritonMLP(StandIn):
         if not is_plain(self, type(self)) or not self._kernels_apply(input):
             assert not self.proving, "only what is read can be proven"
             return None
-        parts = norm, projections, branch_norms
-        bound = not torch.compiler.is_compiling() and self._is_bound(input, *parts)
+        bound = not torch.compiler.is_compiling() and self._is_bound(
+            input, norm, projections, branch_norms
+        )
         if not bound:
-            weights = self._weights(*parts)
+            weights = self._weights(norm, projections, branch_norms)
             if weights is None or needs_grad(input, *weights):
                 assert not self.proving, "only what is read can be proven"
                 return None
@@ -505,7 +506,10 @@ class TritonMLP(StandIn):
         projections: Projections | None,
         branch_norms: BranchNorms | None = None,
     ) -> list[nn.Module | None]:
-        return [*self._modules.values(), norm, *(projections or ()), *(branch_norms or ())]
+        parts = [*self._modules.values(), norm, *(projections or ())]
+        if branch_norms is not None:
+            parts += branch_norms
+        return parts
 
     def _decode(
         self, input: Tensor, residual: Tensor | None, residual_norm: Tensor | None, early: bool
