@@ -20,6 +20,7 @@ from test_llama import module_of, named
 from test_packed import build, mlps, prove
 from test_plain_families import Formula, sorted_sums
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
 
 from hf_triton_mlp import (
     MLPConfig,
@@ -36,8 +37,9 @@ from hf_triton_mlp.patching import MLPSpec, full_name
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-#: Of the families that are language models alone; the others have tests of their layers' code.
+#: Language models alone, and the text models of others; test_llama.py has EXAONE 4.5's.
 FAMILIES = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
+TEXT_MODELS = ("glm4v_text", "glm_image_text", "glm_ocr_text")
 OF_EACH_LAYER = ("gemma2", "glm4", "olmo2")
 
 
@@ -152,6 +154,26 @@ def test_hidden_states_and_attentions(family: str, device: str) -> None:
     assert found.keys() == expected.keys()
     for ours, theirs in zip(tiny.tensors(found), tiny.tensors(expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", TEXT_MODELS)
+def test_text_models(family: str, device: str) -> None:
+    names = ("vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    sizes = tiny.config("llama").to_dict()
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = AutoConfig.for_model(
+        family, **{name: sizes[name] for name in names}, hidden_size=32, head_dim=8,
+        intermediate_size=51, rope_parameters={**rope, "partial_rotary_factor": 1.0},
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    model = tiny.randomized(AutoModel.from_config(config)).eval().to(device)
+    reference, inputs = tiny.reference_of(model, torch.float32), tiny.batch(device, padding="right")
+    with torch.no_grad():
+        exact, original = (m(**inputs).last_hidden_state for m in (reference, model))
+        prove(patch_model(model))
+        assert [row.verified for row in patch_report(model).rows] == ["yes"] * tiny.LAYERS
+        tiny.assert_as_accurate(model(**inputs).last_hidden_state, original, exact)
 
 
 @pytest.mark.parametrize("family", OF_EACH_LAYER)
@@ -295,7 +317,7 @@ def test_a_call_has_all_norms_or_none(family: str) -> None:
             layer.mlp(x, x, **given)
     config = replace(layer.mlp.mlp_config, branch_norm=None)
     plain = TritonMLP.inline(config)
-    with pytest.raises(ValueError, match="norms.*None"):
+    with pytest.raises(ValueError, match=r"norms.*None"):
         plain(x, x, branch_norms=branch_norms)
 
 
