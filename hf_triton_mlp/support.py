@@ -115,7 +115,7 @@ def build(model_type: str) -> nn.Module:
     transformers.logging.set_verbosity_error()
     reasons, mapping = [], MODEL_FOR_CAUSAL_LM_MAPPING
     try:
-        for config_of in (_default, _completed, _text):
+        for config_of in (default_config, _completed, _text):
             try:
                 config = config_of(model_type)
                 named = type(config) if type(config) in mapping else CONFIG_MAPPING[model_type]
@@ -129,12 +129,13 @@ def build(model_type: str) -> nn.Module:
     raise ValueError("; ".join(dict.fromkeys(reasons)))
 
 
-def _default(model_type: str) -> PretrainedConfig:
+def default_config(model_type: str) -> PretrainedConfig:
+    """A model type's config as it is by default, and with what it needs."""
     return CONFIG_MAPPING[model_type](**copy.deepcopy(NEEDED.get(model_type, {})))
 
 
 def _completed(model_type: str) -> PretrainedConfig:
-    config = _default(model_type)
+    config = default_config(model_type)
     for name, size in SIZES.items():
         if getattr(config, name, size) is None:
             setattr(config, name, size)
@@ -142,8 +143,8 @@ def _completed(model_type: str) -> PretrainedConfig:
 
 
 def _text(model_type: str) -> PretrainedConfig:
-    config = _default(model_type).get_text_config(decoder=True)
-    return _default(config.model_type) if config.model_type in NEEDED else config
+    config = default_config(model_type).get_text_config(decoder=True)
+    return default_config(config.model_type) if config.model_type in NEEDED else config
 
 
 def classify(model: nn.Module) -> tuple[str, str]:

@@ -1,72 +1,118 @@
-"""Tiny models of every family and variant, and how closely two of them must agree."""
+"""Tiny models of every type and variant, and how closely two of them must agree."""
 
 import copy
+import itertools
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GemmaConfig,
-    GemmaForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
 )
 
+from hf_triton_mlp import support
+
 VOCABULARY = 97
-HIDDEN = 24
+HIDDEN = 32
+INTERMEDIATE = 51
 LAYERS = 3
+HEADS = 4
+HEAD_DIM = HIDDEN // HEADS
 
 FAMILIES = ("gpt2", "bloom", "opt", "llama")
 MLP_FAMILIES = ("gpt2", "bloom", "llama")  # OPT has no MLP module for depth="mlp"
 DEPTHS = [(family, "layer") for family in FAMILIES] + [(family, "mlp") for family in MLP_FAMILIES]
-CAUSAL: dict[str, type[PreTrainedModel]] = {
-    "gpt2": GPT2LMHeadModel,
-    "bloom": BloomForCausalLM,
-    "opt": OPTForCausalLM,
-    "llama": LlamaForCausalLM,
-    "mistral": MistralForCausalLM,
-    "qwen2": Qwen2ForCausalLM,
-    "qwen3": Qwen3ForCausalLM,
-    "smollm3": SmolLM3ForCausalLM,
-    "gemma": GemmaForCausalLM,
-    "granite": GraniteForCausalLM,
-    "gemma2": Gemma2ForCausalLM,
-    "olmo2": Olmo2ForCausalLM,
-}
 
-#: The families of `VARIANTS` with Llama's layer, or one that differs by its norms.
-LLAMA_SHAPED: dict[str, type[PretrainedConfig]] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "smollm3": SmolLM3Config,
-    "gemma": GemmaConfig,
-    "granite": GraniteConfig,
-    "gemma2": Gemma2Config,
-    "olmo2": Olmo2Config,
+#: What sizes are, by the names that configs have for them, where they are larger by default.
+SIZES: tuple[tuple[int, str], ...] = (
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab"),
+    (HIDDEN, "hidden_size d_model n_embd emb_dim word_embed_proj_dim embedding_dim lru_width"),
+    (HIDDEN, "hidden_size_global backbone_hidden_size output_channels"),
+    (INTERMEDIATE, "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size"),
+    (INTERMEDIATE, "shared_intermediate_size dff mlp_dim"),
+    (16, "moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size"),
+    (16, "shared_experts_intermediate_size moe_shared_expert_intermediate_size"),
+    (LAYERS, "num_hidden_layers num_layers n_layer n_layers num_blocks"),
+    (LAYERS, "encoder_layers decoder_layers num_encoder_layers num_decoder_layers"),
+    (HEADS, "num_attention_heads num_heads n_head n_heads attention_heads"),
+    (HEADS, "encoder_attention_heads decoder_attention_heads"),
+    (HEADS, "num_encoder_attention_heads num_decoder_attention_heads"),
+    (HEADS, "linear_num_heads linear_num_value_heads mamba_n_heads mamba_num_heads"),
+    (HEADS // 2, "num_key_value_heads num_kv_heads linear_num_key_heads index_n_heads"),
+    (HEAD_DIM, "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim index_head_dim"),
+    (HEAD_DIM, "linear_head_dim linear_key_head_dim linear_value_head_dim"),
+    (HEAD_DIM, "q_lora_rank kv_lora_rank laurel_rank gated_norm_rank mamba_d_state"),
+    (HEAD_DIM, "ssm_state_size hidden_size_per_layer_input"),
+    (HEAD_DIM // 2, "rotary_dim sliding_window window_size attention_window_size patch_size"),
+    (2 * HEAD_DIM, "mamba_head_dim"),
+    (64, "max_position_embeddings n_positions n_ctx max_seq_len model_max_length mamba_d_ssm"),
+    (64, "max_source_positions max_target_positions"),
+    (4, "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num"),
+    (2, "num_experts_per_tok num_experts_per_token moe_k moe_topk index_topk n_langs num_codebooks"),
+    (1, "n_shared_experts num_shared_experts moe_num_shared_experts num_expert_group"),
+    (1, "n_group topk_group n_groups mamba_n_groups first_k_dense_replace num_dense_layers"),
+    (16, "image_size nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel"),
+)
+SMALL = {name: size for size, names in SIZES for name in names.split()}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+#: Which of three positions turn how many pairs of a head.
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+
+#: What a type's config has besides: sizes that go by other rules, and a layer of every kind.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blenderbot": {"encoder_layers": 3},  # the size of the cache
+    "bloom": {"n_layer": LAYERS},
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(
+            ("full_attention", "sliding_attention"), {**MROPE, "mrope_section": [1, 1, 2]}
+        )
+    },
+    "cosmos3_edge_text": {"rope_parameters": MROPE},
+    "dots3_note_text": {
+        "swa_num_attention_heads": HEADS,
+        "swa_num_key_value_heads": HEADS,
+        "swa_head_dim": 2 * HEAD_DIM,
+        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank"), HEAD_DIM),
+        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), HEAD_DIM),
+    },
+    **dict.fromkeys(
+        ("glm4v_text", "glm_image_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"),
+        {"rope_parameters": MROPE},
+    ),
+    "hunyuan_vl_text": {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1, 0]}},
+    "flint": {"mlp_only_layers": [0]},
+    "fuyu": {"image_token_id": 96},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": 2 * ["sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 2,
+        "intermediate_size": 4 * [INTERMEDIATE],
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+    **dict.fromkeys(
+        ("gemma4_text", "gemma4_unified_text"),
+        {
+            "global_head_dim": 2 * HEAD_DIM,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "intermediate_size": 56},
+    "mamba2": {"num_heads": 2 * HEADS},
+    **dict.fromkeys(("moshi", "moshi_depth"), {"ffn_dim": 52}),
+    "reformer": {"axial_pos_embds_dim": [16, 16]},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -163,38 +209,68 @@ MLP_VARIANTS = [name for name, (family, _) in VARIANTS.items() if family != "opt
 VARIANT_DEPTHS = [(name, "layer") for name in VARIANTS] + [(name, "mlp") for name in MLP_VARIANTS]
 
 
-def config(family: str, **changes: Any) -> PretrainedConfig:
-    """A tiny config, without dropout unless `changes` names some."""
-    common = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    if family == "gpt2":
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        sizes = {"n_positions": 64, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4}
-        return GPT2Config(**{**common, **sizes, **dropout, **changes})
-    if family == "bloom":
-        dropout = dict.fromkeys(("hidden_dropout", "attention_dropout"), 0.0)
-        sizes = {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}
-        return BloomConfig(**{**common, **sizes, **dropout, **changes})
-    if family in LLAMA_SHAPED:
-        sizes = {
-            "max_position_embeddings": 64,
-            "hidden_size": HIDDEN,
-            "intermediate_size": 80,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 6,
-        }
-        return LLAMA_SHAPED[family](**{**common, **sizes, **changes})
-    dropout = dict.fromkeys(("dropout", "attention_dropout"), 0.0)
-    sizes = {
-        "max_position_embeddings": 64,
-        "hidden_size": HIDDEN,
-        "ffn_dim": 80,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "word_embed_proj_dim": HIDDEN,
+def config(model_type: str, **changes: Any) -> PretrainedConfig:
+    """A model type's tiny config, without dropout unless `changes` names some.
+
+    Of a config whose causal language model takes one of its parts, that part.
+    """
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    default = support.default_config(model_type)
+    if model_class(model_type).config_class in default.sub_configs.values():
+        default = default.get_text_config(decoder=True)
+    return shrunk(default, changes)
+
+
+def model_class(model_type: str) -> Any:
+    """The causal language model of a type, or the model without a head where it has none."""
+    config_class = CONFIG_MAPPING[model_type]
+    causal = config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    return (MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_MAPPING)[config_class]
+
+
+def shrunk(default: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConfig:
+    """A config with small sizes, one layer of every kind, and changes, also to its parts."""
+    fields = vars(default)
+    small = {
+        name: size
+        for name, size in SMALL.items()
+        if name in fields and is_larger(fields[name], size, name in support.SIZES)
     }
-    return OPTConfig(**{**common, **sizes, **dropout, **changes})
+    if fields.get("kv_lora_rank") is not None:
+        small["num_key_value_heads"] = HEADS
+    small |= {name: token for name, token in TOKENS.items() if name in fields}
+    small |= {name: 0.0 for name in fields if "drop" in name and isinstance(fields[name], float)}
+    needed = support.NEEDED.get(default.model_type, {})
+    own = OWN.get(default.model_type, {})
+    changes = copy.deepcopy({**needed, **small, **per_layer(default), **own, **changes})
+    for name, part in fields.items():
+        if isinstance(part, PretrainedConfig):
+            of_part = changes.get(name, {})
+            of_part.pop("model_type", None)
+            changes[name] = shrunk(part, of_part)
+    return type(default)(**changes)
+
+
+def is_larger(value: Any, size: int, needed: bool) -> bool:
+    """Whether a size of a config is to be another; needed: also where there is none."""
+    return needed if value is None else isinstance(value, int) and value > size
+
+
+def per_layer(default: PretrainedConfig) -> dict[str, Any]:
+    """What a config says of its layers, of one of each kind and LAYERS at least, if they differ."""
+    count = vars(default).get("num_hidden_layers")
+    lists = {
+        name: values
+        for name, values in vars(default).items()
+        if isinstance(values, list) and len(values) == count
+    }
+    kinds = list(dict.fromkeys(zip(*lists.values(), strict=True)))
+    if len(kinds) < 2:
+        return {}
+    layers = list(itertools.islice(itertools.cycle(kinds), max(len(kinds), LAYERS)))
+    columns = dict(zip(lists, map(list, zip(*layers, strict=True)), strict=True))
+    return {**columns, "num_hidden_layers": len(layers)}
 
 
 def layer_count(family: str, layers: int) -> dict[str, int]:
@@ -215,10 +291,10 @@ def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def build(family: str, cls: type[PreTrainedModel] | None = None, **changes: Any) -> Any:
-    """A randomized tiny model in eval mode: a causal LM unless `cls` is another class."""
-    model = (cls or CAUSAL[family])(config(family, **changes))
-    return randomized(model).eval()
+def build(model_type: str, cls: type[PreTrainedModel] | None = None, **changes: Any) -> Any:
+    """A randomized tiny model in eval mode: a causal LM, where there is one, or a `cls`."""
+    made = config(model_type, **changes)
+    return randomized((cls or model_class(model_type))(made)).eval()
 
 
 def build_variant(name: str, **changes: Any) -> Any:
