@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_triton_mlp import TritonMLP, patch_model, patch_report, support, unpatch_model
+from hf_triton_mlp import patch_model, patch_report, support, unpatch_model
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.specs import full_name, specs
 
@@ -99,7 +99,6 @@ def musicgen_inputs(model: Any) -> dict[str, Any]:
 
 def assistant_inputs(model: Any) -> dict[str, Any]:
     """A token's states, and keys and values, as of the model that it guesses for."""
-    text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -194,9 +193,7 @@ def assert_same(name: str, kind: str, model: Any) -> None:
         if model.device.type == "cpu":
             assert torch.equal(logits(model, given(model)), original)
             assert_tokens()
-            for module in model.modules():
-                if isinstance(module, TritonMLP):
-                    module.proving = True
+            tiny.prove(model)
         tiny.assert_as_accurate(logits(model, given(model)), original, exact)
         assert_tokens()
         assert tiny.tree(unpatch_model(model)) == before

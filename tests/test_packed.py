@@ -8,18 +8,17 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-from hf_triton_mlp.patches.llama import FusedLlamaDecoderLayer
-from hf_triton_mlp.patches.packed import FusedPhi3DecoderLayer
 from peft import LoraConfig, get_peft_model
 from test_llama import LAYER, body, module_of, named
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, MoonshineConfig
 from transformers.models.llama import modeling_llama
 from transformers.models.moonshine import modeling_moonshine
 from transformers.models.phi3 import modeling_phi3
 
-from hf_triton_mlp import TritonMLP, patch_model, patch_report, unpatch_model
+from hf_triton_mlp import TritonMLP, patch_model, patch_report
 from hf_triton_mlp.mlp import FusedLayer
+from hf_triton_mlp.patches.llama import FusedLlamaDecoderLayer
+from hf_triton_mlp.patches.packed import FusedPhi3DecoderLayer
 from hf_triton_mlp.patching import MLPSpec, specs
 from hf_triton_mlp.reading import split_packed
 
@@ -79,105 +78,38 @@ def test_which_half_is_which() -> None:
     assert (gate.tolist(), up.tolist()) == ([0, 1, 2], [3, 4, 5])
 
 
-CAUSAL = ("glm", "glm4", "granitemoehybrid", "phi3")
-FUSED = ("glm", "glm4", "phi3")
-
-
-def build(family: str, device: str = "cpu", **changes: Any) -> Any:
-    """A randomized tiny causal LM."""
-    if family not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {family}")
-    sizes = tiny.config("llama", intermediate_size=51).to_dict()
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-             "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
-    own: dict[str, Any] = {
-        "granitemoehybrid": {
-            "layer_types": ["attention"] * tiny.LAYERS,
-            "shared_intermediate_size": 51,
-            "num_local_experts": 0,
-            "mamba_n_heads": 4,
-            "residual_multiplier": 0.3,
-        },
-        "phi3": {"partial_rotary_factor": 1.0},
-    }
-    options = {name: sizes[name] for name in names} | own.get(family, {}) | changes
-    if family == "granitemoehybrid":
-        options.pop("head_dim")
-    config = AutoConfig.for_model(family, **options)
-    config._attn_implementation = "eager"
-    return tiny.randomized(AutoModelForCausalLM.from_config(config)).eval().to(device)
-
-
 def mlps(model: nn.Module) -> list[TritonMLP]:
     return [module for module in model.modules() if isinstance(module, TritonMLP)]
 
 
-def prove(model: nn.Module) -> nn.Module:
-    """The patched model computes from the weights as read, on the CPU too."""
-    for mlp in mlps(model):
-        mlp.proving = True
-    return model
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("depth", ["layer", "mlp"])
-@pytest.mark.parametrize("family", CAUSAL)
-def test_logits(family: str, depth: str, dtype: torch.dtype, device: str) -> None:
-    model = build(family, device).to(dtype)
-    reference, inputs = tiny.reference_of(model, dtype), tiny.batch(device, padding="right")
-    keys, before = list(model.state_dict()), tiny.tree(model)
-    with torch.no_grad():
-        exact, original = (m(**inputs).logits for m in (reference, model))
-        patch_model(model, depth=depth)
-        assert {row.verified for row in patch_report(model).rows} == {"yes"}
-        assert len(mlps(model)) == tiny.LAYERS and list(model.state_dict()) == keys
-        fused = [isinstance(module, FusedLayer) for module in model.modules()]
-        assert sum(fused) == (tiny.LAYERS if depth == "layer" and family in FUSED else 0)
-        assert all(mlp.mlp_config.gated for mlp in mlps(model))
-        assert {mlp.mlp_config.intermediate_size for mlp in mlps(model)} == {51}
-        tiny.assert_as_accurate(prove(model)(**inputs).logits, original, exact)
-    assert tiny.tree(unpatch_model(model)) == before
-
-
-@pytest.mark.parametrize("family", CAUSAL)
-def test_greedy_tokens_of_a_padded_batch(family: str, device: str) -> None:
-    model = build(family, device)
-    arguments = {"max_new_tokens": 8, "do_sample": False, "no_repeat_ngram_size": 1}
-    expected = model.generate(**tiny.batch(device), **arguments)
-    prove(patch_model(model))
-    assert torch.equal(model.generate(**tiny.batch(device), **arguments), expected)
-
-
-def layers(family: str, device: str) -> Any:
+def layers(family: str) -> Any:
     """Decoder layers of a family."""
-    if family != "moonshine":
-        return build(family, device).model.layers
-    config = MoonshineConfig(hidden_size=24, intermediate_size=51, decoder_num_attention_heads=4,
-                             decoder_num_key_value_heads=4, decoder_hidden_act="silu")  # fmt: skip
-    made = modeling_moonshine.MoonshineDecoderLayer(config, 0)
-    return tiny.randomized(nn.ModuleList([made])).eval().to(device)
+    model = tiny.build(family)
+    return model.model.layers if family == "phi3" else model.decoder.layers
 
 
 @pytest.mark.parametrize("family", ["phi3", "moonshine"])
 def test_halves_are_views(family: str, device: str) -> None:
     """Weights changed in place, or replaced, are what the next call reads."""
-    found = layers(family, device)
+    found = layers(family).to(device)
     twin = copy.deepcopy(found)[0].mlp
     mlp = patch_model(found, depth="mlp")[0].mlp
     assert {row.verified for row in patch_report(found).rows} == {"yes"}
     names = {"phi3": ("gate_up_proj", "gate", "up"), "moonshine": ("fc1", "up", "gate")}
     name, first, second = names[family]
+    inner = tiny.INTERMEDIATE
     weights, projection = mlp._weights(None, None), getattr(mlp, name)
-    for half, rows in ((first, slice(51)), (second, slice(51, 102))):
+    for half, rows in ((first, slice(inner)), (second, slice(inner, 2 * inner))):
         view = getattr(weights, half)
         assert view.data_ptr() == projection.weight[rows].data_ptr()
         assert torch.equal(view, projection.weight[rows])
         bias = getattr(weights, f"{half}_bias")
         assert bias is None if family == "phi3" else torch.equal(bias, projection.bias[rows])
-    prove(found)
-    x = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0)).to(device)
-    other = nn.Parameter(torch.randn(102, 24, generator=torch.Generator().manual_seed(1)))
+    tiny.prove(found)
+    x = torch.randn(2, 3, tiny.HIDDEN, generator=torch.Generator().manual_seed(0)).to(device)
+    other = nn.Parameter(
+        torch.randn(2 * inner, tiny.HIDDEN, generator=torch.Generator().manual_seed(1))
+    )
     with torch.no_grad():
         torch.testing.assert_close(mlp(x), twin(x), rtol=1e-4, atol=1e-5)
         for each in (mlp, twin):
@@ -202,7 +134,7 @@ def with_lora(model: Any) -> Any:
 @pytest.mark.parametrize("depth", ["layer", "mlp"])
 def test_lora(depth: str, when: str, device: str) -> None:
     """The adapter is around the packed projection, which is called as it was."""
-    model = build("phi3", device)
+    model = tiny.build("phi3").to(device)
     inputs = tiny.batch(device)
     with torch.no_grad():
         plain = model(**inputs).logits
@@ -211,20 +143,20 @@ def test_lora(depth: str, when: str, device: str) -> None:
             adapted = patch_model(with_lora(model), depth=depth)
         else:
             adapted = with_lora(patch_model(model, depth=depth))
-        assert {mlp.mlp_config.intermediate_size for mlp in mlps(adapted)} == {51}
+        assert {mlp.mlp_config.intermediate_size for mlp in mlps(adapted)} == {tiny.INTERMEDIATE}
         assert all("gate_up_proj (Linear)" in row.reason for row in patch_report(adapted).rows)
         assert torch.equal(adapted(**inputs).logits, expected)
         assert not torch.allclose(plain, expected)
         merged = adapted.merge_and_unload()
         if when == "after":  # the layer that was patched is back, and read
-            prove(merged)
+            tiny.prove(merged)
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_parts_are_called(device: str) -> None:
     """Where gradients are needed, norm and projections are, the packed one once."""
-    layer = patch_model(build("phi3", device)).model.layers[0]
-    x, r = torch.randn(2, 2, 3, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    layer = patch_model(tiny.build("phi3").to(device)).model.layers[0]
+    x, r = torch.randn(2, 2, 3, tiny.HIDDEN, generator=torch.Generator().manual_seed(0)).to(device)
     norm, mlp = layer.post_attention_layernorm, layer.mlp
     calls: list[nn.Module] = []
     mlp.gate_up_proj.register_forward_hook(lambda module, args, output: calls.append(module))
@@ -236,8 +168,8 @@ def test_parts_are_called(device: str) -> None:
 
 
 def test_dropout_acts_in_training(device: str) -> None:
-    model = build("phi3", device, resid_pdrop=0.5)
-    twin = prove(patch_model(copy.deepcopy(model)))
+    model = tiny.build("phi3", resid_pdrop=0.5).to(device)
+    twin = tiny.prove(patch_model(copy.deepcopy(model)))
     for training in (True, False):
         if training:
             for mlp in mlps(twin):

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_triton_mlp import support
+from hf_triton_mlp import TritonMLP, support
 
 VOCABULARY = 97
 HIDDEN = 32
@@ -53,7 +53,10 @@ SIZES: tuple[tuple[int, str], ...] = (
     (64, "max_position_embeddings n_positions n_ctx max_seq_len model_max_length mamba_d_ssm"),
     (64, "max_source_positions max_target_positions"),
     (4, "num_experts n_routed_experts num_local_experts moe_num_experts zero_expert_num"),
-    (2, "num_experts_per_tok num_experts_per_token moe_k moe_topk index_topk n_langs num_codebooks"),
+    (
+        2,
+        "num_experts_per_tok num_experts_per_token moe_k moe_topk index_topk n_langs num_codebooks",
+    ),
     (1, "n_shared_experts num_shared_experts moe_num_shared_experts num_expert_group"),
     (1, "n_group topk_group n_groups mamba_n_groups first_k_dense_replace num_dense_layers"),
     (16, "image_size nemo_conv_channels ext_pw_out_channel depthwise_separable_out_channel"),
@@ -61,53 +64,54 @@ SIZES: tuple[tuple[int, str], ...] = (
 SMALL = {name: size for size, names in SIZES for name in names.split()}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-#: Which of three positions turn how many pairs of a head.
-MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-
 #: What a type's config has besides: sizes that go by other rules, and a layer of every kind.
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+SLIDING = {
+    "num_hidden_layers": 4,
+    "layer_types": 2 * ["sliding_attention", "full_attention"],
+}
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "blenderbot": {"encoder_layers": 3},  # the size of the cache
     "bloom": {"n_layer": LAYERS},
     "cohere_compass_text": {
-        "rope_parameters": dict.fromkeys(
-            ("full_attention", "sliding_attention"), {**MROPE, "mrope_section": [1, 1, 2]}
-        )
+        "rope_parameters": {
+            name: {**MROPE, "mrope_section": [1, 1, 2]}
+            for name in ("full_attention", "sliding_attention")
+        }
     },
     "cosmos3_edge_text": {"rope_parameters": MROPE},
     "dots3_note_text": {
         "swa_num_attention_heads": HEADS,
         "swa_num_key_value_heads": HEADS,
         "swa_head_dim": 2 * HEAD_DIM,
-        **dict.fromkeys(("swa_q_lora_rank", "swa_kv_lora_rank"), HEAD_DIM),
-        **dict.fromkeys(("swa_qk_nope_head_dim", "swa_v_head_dim"), HEAD_DIM),
+        "swa_q_lora_rank": HEAD_DIM,
+        "swa_kv_lora_rank": HEAD_DIM,
+        "swa_qk_nope_head_dim": HEAD_DIM,
+        "swa_v_head_dim": HEAD_DIM,
     },
-    **dict.fromkeys(
-        ("glm4v_text", "glm_image_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"),
-        {"rope_parameters": MROPE},
-    ),
-    "hunyuan_vl_text": {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1, 0]}},
     "flint": {"mlp_only_layers": [0]},
     "fuyu": {"image_token_id": 96},
     "gemma3n_text": {
-        "num_hidden_layers": 4,
-        "layer_types": 2 * ["sliding_attention", "full_attention"],
+        **SLIDING,
         "num_kv_shared_layers": 2,
         "intermediate_size": 4 * [INTERMEDIATE],
         "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
     },
-    **dict.fromkeys(
-        ("gemma4_text", "gemma4_unified_text"),
-        {
-            "global_head_dim": 2 * HEAD_DIM,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        },
-    ),
+    "gemma4_text": {**SLIDING, "global_head_dim": 2 * HEAD_DIM},
+    "gemma4_unified_text": {**SLIDING, "global_head_dim": 2 * HEAD_DIM},
+    "glm4v_text": {"rope_parameters": MROPE},
+    "glm_image_text": {"rope_parameters": MROPE},
+    "glm_ocr_text": {"rope_parameters": MROPE},
     "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
+    "hunyuan_vl_text": {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1, 0]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "intermediate_size": 56},
     "mamba2": {"num_heads": 2 * HEADS},
-    **dict.fromkeys(("moshi", "moshi_depth"), {"ffn_dim": 52}),
+    "moshi": {"ffn_dim": 52},
+    "moshi_depth": {"ffn_dim": 52},
+    "qwen2_5_vl_text": {"rope_parameters": MROPE},
+    "qwen2_vl_text": {"rope_parameters": MROPE},
     "reformer": {"axial_pos_embds_dim": [16, 16]},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
@@ -295,6 +299,14 @@ def build(model_type: str, cls: type[PreTrainedModel] | None = None, **changes: 
     """A randomized tiny model in eval mode: a causal LM, where there is one, or a `cls`."""
     made = config(model_type, **changes)
     return randomized((cls or model_class(model_type))(made)).eval()
+
+
+def prove(model: nn.Module) -> Any:
+    """Let a patched model run its short forwards, on the CPU too."""
+    for module in model.modules():
+        if isinstance(module, TritonMLP):
+            module.proving = True
+    return model
 
 
 def build_variant(name: str, **changes: Any) -> Any:
