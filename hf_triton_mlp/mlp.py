@@ -118,6 +118,9 @@ class FusedLayer(StandIn):
     #: The original's arguments after hidden_states: which there are depends on the version.
     argument_names: tuple[str, ...] = ()
 
+    #: Whether that call adds the attention's output to the residual.
+    joins_attention = True
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.original_class is not None:

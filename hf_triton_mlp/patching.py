@@ -600,7 +600,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if _by_structure(spec):
         verified += ", by structure"
     fused = isinstance(layer, FusedLayer)
-    replaced = _half(spec, layer) if fused else "MLP"
+    replaced = _half(spec, layer) if isinstance(layer, FusedLayer) else "MLP"
     read = read_projection(up)
     called = [
         f"{path} ({type(module).__name__})"
@@ -608,10 +608,10 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         if module is not None and read_projection(module) is None
     ]
     called += _called_norms(spec, layer, mlp.mlp_config) if fused else []
+    around = {path.rpartition(".")[0] for path in (spec.up, spec.down)} - {""}
+    parts = {path: _get(layer, path) for path in (spec.activation, *sorted(around))} | {"mlp": mlp}
     called += [
-        f"{path} (hooks)"
-        for path, module in ((spec.activation, _get(layer, spec.activation)), ("mlp", mlp))
-        if not is_plain(module, type(module))
+        f"{path} (hooks)" for path, module in parts.items() if not is_plain(module, type(module))
     ]
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
@@ -627,9 +627,9 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     return PatchRow(name, replaced, dtype, device, plan, verified, "")
 
 
-def _half(spec: MLPSpec, layer: nn.Module) -> str:
+def _half(spec: MLPSpec, layer: FusedLayer) -> str:
     """What a fused layer leaves to its TritonMLP."""
     branch = "norm + " if spec.branch_norms is not None else ""
-    before = "attention residual" if spec.norms(layer) else "attention"
+    before = "attention residual + " if spec.norms(layer) else "attention + "
     norm = "norm + " if spec.norm_name(layer) is not None else ""
-    return f"{branch}{before} + {norm}MLP + {branch}residual"
+    return f"{branch}{before if layer.joins_attention else ''}{norm}MLP + {branch}residual"

@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from hf_triton_mlp import patch_model, patch_report, support, unpatch_model
+from hf_triton_mlp import TritonMLP, patch_model, patch_report, support, unpatch_model
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.specs import full_name, specs
 
@@ -54,6 +55,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus-relu2": ("apertus", {"hidden_act": "relu2"}),
     "apertus1p5-relu2": ("apertus1p5_text", {"hidden_act": "relu2"}),
     "arcee-bias": ("arcee", {"mlp_bias": True}),
+    "bert-chunked": ("bert", {"chunk_size_feed_forward": 1}),
+    "bert-decoder": ("bert", {"is_decoder": True}),
     "falcon-alibi": ("falcon", {"alibi": True, "parallel_attn": False}),
     "falcon-bias": ("falcon", {"bias": True}),
     "falcon-sequential": ("falcon", {"parallel_attn": False}),
@@ -142,6 +145,21 @@ def tokens(model: Any) -> Tensor | None:
     return model.generate(**tiny.batch(model.device), **arguments)
 
 
+@contextmanager
+def recorded_calls() -> Iterator[set[TritonMLP]]:
+    """Which MLPs compute something meanwhile."""
+    called: set[TritonMLP] = set()
+    forward = TritonMLP.forward
+
+    def recorded(self: TritonMLP, *args: Any, **kwargs: Any) -> Tensor:
+        called.add(self)
+        return forward(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonMLP, "forward", recorded)
+        yield called
+
+
 def depths(model: nn.Module) -> tuple[str, ...]:
     """The depths that differ: where no layer is fused "layer" is "mlp", and OPT has no MLP."""
     found = (SPECS.get(full_name(type(module))) for module in model.modules())
@@ -172,12 +190,12 @@ def assert_same(name: str, kind: str, model: Any) -> None:
 
     There the original forwards run; the short ones do, too, where they are being proven.
     """
-    keys, before = list(model.state_dict()), tiny.tree(model)
     wide = model if name in NOT_WIDE else tiny.reference_of(model, model.dtype)
     given = INPUTS.get(name, lambda model: tiny.batch(model.device, padding="right"))
     exact, original = logits(wide, given(wide)), logits(model, given(model))
     assert original.isfinite().all()
     expected = None if name in NOT_GENERATED else tokens(model)
+    keys, before = list(model.state_dict()), tiny.tree(model)  # BigBird's changed when it ran
 
     def assert_tokens() -> None:
         assert expected is None or torch.equal(tokens(model), expected)
@@ -187,14 +205,17 @@ def assert_same(name: str, kind: str, model: Any) -> None:
         rows = [row for row in patch_report(model).rows if "experts" not in row.reason]
         assert {row.verified for row in rows} <= VERIFIED[kind]
         assert {row.reason for row in rows} == {""}
-        fused = [isinstance(module, FusedLayer) for module in model.modules()]
-        assert any(fused) is (kind == "fused layer" and depth == "layer")
+        fused = [module for module in model.modules() if isinstance(module, FusedLayer)]
+        assert bool(fused) is (kind == "fused layer" and depth == "layer")
         assert list(model.state_dict()) == keys
         if model.device.type == "cpu":
             assert torch.equal(logits(model, given(model)), original)
             assert_tokens()
             tiny.prove(model)
-        tiny.assert_as_accurate(logits(model, given(model)), original, exact)
+        with recorded_calls() as called:
+            tiny.assert_as_accurate(logits(model, given(model)), original, exact)
+        inside = {module for layer in fused for module in layer.modules()}
+        assert called and {each for each in inside if isinstance(each, TritonMLP)} <= called
         assert_tokens()
         assert tiny.tree(unpatch_model(model)) == before
         assert torch.equal(logits(model, given(model)), original)

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-from transformers.models.gemma import modeling_gemma
-from transformers.models.llama import modeling_llama
-
-from hf_triton_mlp import patch_model
-from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patches.llama import (
     FusedGraniteDecoderLayer,
     FusedLlamaDecoderLayer,
     FusedVaultGemmaDecoderLayer,
 )
+from transformers.models.gemma import modeling_gemma
+from transformers.models.llama import modeling_llama
+
+from hf_triton_mlp import patch_model
+from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec, specs
 
 LLAMA_SHAPED = [spec for spec in specs() if spec.gate == "gate_proj"]
@@ -45,11 +45,10 @@ def named(module: ModuleType, full_name: str) -> Any:
     return getattr(module, name)
 
 
-def body(cls: Any) -> str:
+def body(cls: Any, method: str = "forward") -> str:
     """What a class's forward does: without signature, comments and the name of its argument."""
-    forward: Any = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))).body[
-        0
-    ]
+    source = inspect.getsource(inspect.unwrap(getattr(cls, method)))
+    forward: Any = ast.parse(textwrap.dedent(source)).body[0]
     first = forward.args.args[1].arg
     for node in ast.walk(forward):
         if isinstance(node, ast.Name) and node.id == first:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
+from hf_triton_mlp.patches.llama import FusedLlamaDecoderLayer
+from hf_triton_mlp.patches.packed import FusedPhi3DecoderLayer
 from peft import LoraConfig, get_peft_model
 from test_llama import LAYER, body, module_of, named
 from torch import nn
@@ -17,8 +19,6 @@ from transformers.models.phi3 import modeling_phi3
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report
 from hf_triton_mlp.mlp import FusedLayer
-from hf_triton_mlp.patches.llama import FusedLlamaDecoderLayer
-from hf_triton_mlp.patches.packed import FusedPhi3DecoderLayer
 from hf_triton_mlp.patching import MLPSpec, specs
 from hf_triton_mlp.reading import split_packed
 

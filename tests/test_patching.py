@@ -11,7 +11,6 @@ import tiny_models as tiny
 import torch
 from tiny_models import tree
 from torch import nn
-from transformers import BertConfig, BertModel
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
@@ -309,16 +308,8 @@ def test_another_depth_needs_unpatching(first: str, second: str) -> None:
 @pytest.mark.parametrize("model_of", [
     lambda: nn.Linear(3, 3),
     lambda: nn.ModuleList(),
-    lambda: BertModel(
-        BertConfig(
-            vocab_size=9,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    ),
-], ids=["Linear", "ModuleList", "BertModel"])  # fmt: skip
+    lambda: tiny.build("mvp"),
+], ids=["Linear", "ModuleList", "MvpForCausalLM"])  # fmt: skip
 def test_no_supported_layer(model_of: Callable[[], nn.Module], request: Any) -> None:
     model = model_of()
     assert_refused(model, rf"{request.node.callspec.id}.*bloom.*gpt2.*llama.*opt")

@@ -22,8 +22,6 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
-    XLMConfig,
-    XLMModel,
 )
 from transformers.activations import ACT2FN
 from transformers.models.clip.configuration_clip import CLIPConfig
@@ -470,18 +468,11 @@ def clip() -> tuple[nn.Module, dict[str, Any]]:
     return CLIPModel(config), {"input_ids": IDS, "pixel_values": IMAGE}
 
 
-def xlm() -> tuple[nn.Module, dict[str, Any]]:
-    return XLMModel(XLMConfig(vocab_size=97, emb_dim=HIDDEN, n_layers=4, n_heads=4)), {
-        "input_ids": IDS
-    }
-
-
 MODELS: dict[str, tuple[Callable[[], Any], int]] = {
     "t5": (lambda: t5("relu"), 4),
     "t5, gated": (lambda: t5("gated-gelu"), 4),
     "vit": (vit, 2),
     "clip": (clip, 4),
-    "xlm": (xlm, 4),
 }
 
 

@@ -44,7 +44,7 @@ def test_every_model_type_is_classified() -> None:
             "kernel reads",
         ),
         ("bitnet", "MLP of another form", "BitNetMLP"),
-        ("bert", "MLP not in one module", "BertLayer"),
+        ("mvp", "MLP not in one module", "MvpDecoderLayer"),
         ("mamba", "no MLP", "MambaBlock"),
     ],
 )
