@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -120,7 +121,7 @@ def build(model_type: str) -> nn.Module:
                 config = config_of(model_type)
                 named = type(config) if type(config) in mapping else CONFIG_MAPPING[model_type]
                 cls: Any = mapping[named]
-                with torch.device("meta"):
+                with torch.device("meta"), no_init_weights():
                     return cls(config)
             except Exception as error:  # a config that no one has tried has any error
                 reasons.append(f"{type(error).__name__}: {error}")
