@@ -17,7 +17,8 @@ from hf_triton_mlp.patches.sandwich import (
     FusedOlmo2DecoderLayer,
 )
 from test_llama import module_of, named
-from test_packed import build, mlps, prove
+from test_packed import mlps
+from tiny_models import prove
 from test_plain_families import Formula, sorted_sums
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -41,6 +42,10 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 FAMILIES = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
 TEXT_MODELS = ("glm4v_text", "glm_image_text", "glm_ocr_text")
 OF_EACH_LAYER = ("gemma2", "glm4", "olmo2")
+
+
+def build(family: str, device: str = "cpu") -> Any:
+    return tiny.build(family).to(device)
 
 
 def spec_of(model: nn.Module) -> MLPSpec:
