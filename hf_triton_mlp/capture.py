@@ -141,6 +141,8 @@ class Step:
         #: Whether the attention is ours, which writes the cache too.
         self.fused = False
         self.run(model)
+        if not all(layer.is_initialized for layer in self.cache.layers):
+            raise ValueError("the model keeps nothing in some layers of its cache")
         self._fuse(model)
 
     def _fuse(self, model: Any) -> None:
@@ -315,25 +317,38 @@ class Captures:
         self._fingerprint: Any = None
         self._steps: OrderedDict[StepShape, Step] = OrderedDict()
         self._pool: Any = None
+        self._ended: torch.cuda.Event | None = None
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Wait until no other thread decodes; CannotCapture within a step of this thread."""
+    def in_use(self, device: torch.device) -> Iterator[None]:
+        """Wait until no other thread decodes; CannotCapture within a step of this thread.
+
+        The device is the current one meanwhile. Its stream waits for what another one still does.
+        """
         if self._owner == threading.get_ident():
             raise CannotCapture("this thread is in the middle of another generate()")
-        with self._lock:
+        on_gpu = device.type == "cuda"
+        with self._lock, torch.cuda.device(device) if on_gpu else nullcontext():
+            if self._ended is not None:
+                torch.cuda.current_stream().wait_event(self._ended)
             self._owner = threading.get_ident()
             try:
                 yield
             finally:
                 self._owner = None
+                if on_gpu:
+                    self._ended = torch.cuda.Event()
+                    self._ended.record()
+
+    def fit(self, model: nn.Module) -> bool:
+        """Whether what is captured still is what the model computes."""
+        return self._fingerprint == _fingerprint(model)
 
     def step(self, model: Any, shape: StepShape, layers: int) -> Step:
         """The step of this shape, captured now if it was not yet."""
-        fingerprint = _fingerprint(model)
-        if fingerprint != self._fingerprint:  # other weights, or modules: forget what was captured
+        if not self.fit(model):
             self._steps.clear()
-            self._fingerprint = fingerprint
+            self._fingerprint = _fingerprint(model)
         step = self._steps.get(shape)
         if step is None:
             step = self._capture(model, shape, layers)
@@ -349,7 +364,7 @@ class Captures:
         try:
             step = Step(model, shape, layers)
             if model.device.type == "cuda":
-                if self._pool is None:
+                if not self._steps:  # a pool ends with its last graph
                     self._pool = torch.cuda.graph_pool_handle()
                 step.capture(model, self._pool)
         except torch.cuda.OutOfMemoryError as error:
@@ -385,17 +400,38 @@ def forget(model: nn.Module) -> None:
     _CAPTURES.pop(model, None)
 
 
+def drop_stale(model: nn.Module) -> None:
+    """Free what is captured of a model that was moved, cast or changed otherwise since."""
+    captures = _CAPTURES.get(model)
+    if captures is not None and not captures.fit(model):
+        forget(model)
+
+
 def _fingerprint(model: nn.Module) -> list[Any]:
     """What a capture has taken in: modules, the numbers they hold, where their tensors lie."""
-    kinds = (bool, int, float, str, MLPConfig)
     found: list[Any] = [torch.get_float32_matmul_precision()]
     for module in model.modules():
         found.append(type(module))
-        found += [value for value in module.__dict__.values() if type(value) in kinds]
-        for tensors in (module._parameters, module._buffers):
-            found += [
-                (t.data_ptr(), t.dtype, t.shape, t.stride())
-                for t in tensors.values()
-                if t is not None
-            ]
+        for value in module.__dict__.values():
+            _add(value, found)
     return found
+
+
+def _add(value: Any, found: list[Any]) -> None:
+    """Extend a fingerprint by an attribute of a module, as far as it consists of plain values."""
+    if isinstance(value, (bool, int, float, str, MLPConfig)):
+        found.append(value)
+    elif isinstance(value, Tensor):
+        flatten: Any = getattr(value, "__tensor_flatten__", None)
+        if flatten is not None:  # a subclass around other tensors, as quantized ones are
+            for name in flatten()[0]:
+                _add(getattr(value, name), found)
+        else:
+            found.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            found.append(key)
+            _add(item, found)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            _add(item, found)

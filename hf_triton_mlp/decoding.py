@@ -22,16 +22,26 @@ from transformers.generation import stopping_criteria as criteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
-from hf_triton_mlp.capture import CACHE, CannotCapture, Step, StepShape, captures_of, forget
+from hf_triton_mlp.capture import (
+    CACHE,
+    CannotCapture,
+    Step,
+    StepShape,
+    captures_of,
+    drop_stale,
+    forget,
+)
 from hf_triton_mlp.mlp import StandIn, change_class, stand_in
 from hf_triton_mlp.reading import has_own_forward
 
 logger = logging.get_logger(__name__)
 
+MASK = "attention_mask"
+
 #: The model's arguments that a step has as its state. inputs_embeds are for the prompt alone, and
 #: tokenizer is for stopping criteria; generate() hands it on nevertheless.
 ARGUMENTS = (
-    CACHE, "attention_mask", "position_ids", "use_cache", "logits_to_keep", "inputs_embeds",
+    CACHE, MASK, "position_ids", "use_cache", "logits_to_keep", "inputs_embeds",
     "tokenizer",
 )  # fmt: skip
 
@@ -86,9 +96,25 @@ class GraphDecoding(StandIn):
 
     keeps_name = True
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.original_class is not None:  # transformers reads the source of a model's module
+            cls.__module__ = cls.original_class.__module__
+
     def _sample(self, input_ids: Tensor, **arguments: Any) -> Any:
         theirs: Any = super()
         return _decode(self, theirs._sample, input_ids, **arguments)
+
+    def _validate_generation_mode(self, generation_mode: Any, *args: Any, **kwargs: Any) -> None:
+        if GENERATION_MODES_MAPPING[generation_mode] != "_sample":
+            _say_why(f"this is {generation_mode.value}")
+        theirs: Any = super()
+        theirs._validate_generation_mode(generation_mode, *args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        applied = super()._apply(*args, **kwargs)
+        drop_stale(self)
+        return applied
 
 
 def graph_decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
@@ -105,7 +131,7 @@ def graph_decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     theirs = functools.partial(getattr(type(model), method), model)
     if method == "_sample":
         return _decode(model, theirs, input_ids, **arguments)
-    _say(f"this is {mode.value}")
+    _say_why(f"this is {mode.value}")
     return theirs(input_ids, **arguments)
 
 
@@ -148,13 +174,18 @@ def _decode(model: Any, theirs: Callable[..., Any], input_ids: Tensor, **argumen
     """`GenerationMixin._sample` with captured steps, and `theirs` where there cannot be any."""
     try:
         run = _Run(model, input_ids, **arguments)
-        with run.captures.in_use():
+        with run.captures.in_use(model.device):
             # Before the prompt's forward, so that `theirs` can still start from the beginning.
             step = run.first_step()
             return run.generate(step)
     except CannotCapture as reason:
-        _say(f"generate() runs transformers' own loop, without CUDA graphs: {reason}")
+        _say_why(str(reason))
+    drop_stale(model)
     return theirs(input_ids, **arguments)
+
+
+def _say_why(reason: str) -> None:
+    _say(f"generate() runs transformers' own loop, without CUDA graphs: {reason}")
 
 
 def _say(message: str) -> None:
@@ -170,12 +201,13 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
     extra = [name for name in given if name not in ARGUMENTS]
     reasons = {
         "it is an encoder-decoder model": model.config.is_encoder_decoder,
+        f"{type(model).__name__} has a loop, or methods, of its own": _has_own_methods(model),
         f"the model is on {', '.join(sorted(map(str, places)))}": len(places) != 1
         or not (model.device.type == "cuda" or (ON_CPU and model.device.type == "cpu")),
         f"the tokens are on {input_ids.device}": input_ids.device != model.device,
         f"attention is {attention!r}, supported: {', '.join(ATTENTION)}": attention
         not in ATTENTION,
-        "the model is in training mode": model.training,
+        "the model is in training mode": any(module.training for module in model.modules()),
         "autocast is on": torch.is_autocast_enabled(model.device.type),
         "modules of the model have hooks, or forwards of their own": _has_hooks(model),
         "attentions or hidden states are asked for": config.output_attentions
@@ -183,7 +215,9 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
         "it drafts for another model": config.is_assistant,
         "compiling, or another cache, is asked for": config.compile_config is not None
         or config.cache_implementation not in (None, "dynamic"),
-        f"the cache is a {type(cache).__name__}": not _is_dynamic(cache),
+        "there is no cache": cache is None or not arguments.get("use_cache", True),
+        f"the cache is a {type(cache).__name__} without layers, or with others than "
+        "DynamicLayer and DynamicSlidingWindowLayer": not _is_dynamic(cache),
         f"the model takes {', '.join(extra)}": bool(extra),
         "position_ids has not two dimensions": getattr(arguments.get("position_ids"), "ndim", 2)
         != 2,
@@ -196,6 +230,16 @@ def _has_hooks(model: Any) -> bool:
     return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
         module._forward_hooks or module._forward_pre_hooks or has_own_forward(module)
         for module in model.modules()
+    )
+
+
+def _has_own_methods(model: Any) -> bool:
+    """Whether its class samples in its own way, or the instance prepares inputs in its own."""
+    loops = {cls for cls in type(model).__mro__ if "_sample" in vars(cls)}
+    names = (name for name in vars(GenerationMixin) if name in vars(model))
+    return not loops <= {GenerationMixin, GraphDecoding} or any(
+        getattr(getattr(model, name), "__func__", None) is not getattr(type(model), name)
+        for name in names
     )
 
 
@@ -244,16 +288,22 @@ class _Run:
         if self.sample and not input_ids.is_cuda:
             in_advance = False  # the CPU's random numbers cannot be given back
         self.ahead = STEPS_AHEAD if in_advance else 0
-        limits = [one.max_length for one in stopping_criteria if hasattr(one, "max_length")]
+        limits = [one.max_length for one in each if type(one) is criteria.MaxLengthCriteria]
         #: How many new tokens there may be.
         self.limit = min(limits) - self.prompt if limits else None
-        ends = [one.eos_token_id for one in stopping_criteria if hasattr(one, "eos_token_id")]
+        ends = [one.eos_token_id for one in each if type(one) is criteria.EosTokenCriteria]
         self.ends = (
             torch.cat([one.to(input_ids.device).flatten() for one in ends]) if ends else None
         )
         self.pad = generation_config._pad_token_tensor
-        if ends and self.pad is None:
+        #: Whether a text that has ended goes on with padding.
+        self.pads = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
+        if self.pads and self.pad is None:
             raise CannotCapture("there is no padding token")
+        #: How many positions a model surely has: a step too many must not ask for one more.
+        self.positions = getattr(
+            model.config.get_text_config(decoder=True), "max_position_embeddings", 0
+        )
 
         self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         recorded = generation_config.return_dict_in_generate
@@ -271,12 +321,22 @@ class _Run:
 
     def first_step(self) -> Step:
         """The captured step to begin with."""
-        length = self.input_ids.shape[1] + self.arguments[CACHE].get_seq_length()
-        for name in ("inputs_embeds", "attention_mask"):
-            given = self.arguments.get(name)
-            length = max(length, 0 if given is None else given.shape[1])
         room = LEAST_CAPACITY if self.limit is None else min(self.limit, LEAST_CAPACITY)
-        return self.captured(length + room)
+        return self.captured(self.prompt_length() + room)
+
+    def prompt_length(self) -> int:
+        """How many tokens the cache will have after the prompt's forward, as `_prefill` sees it."""
+        past, given = self.arguments[CACHE].get_seq_length(), self.input_ids.shape[1]
+        embeddings, mask = (self.arguments.get(name) for name in ("inputs_embeds", MASK))
+        if embeddings is not None:
+            length = embeddings.shape[1]
+        else:
+            # Only a mask tells whether the tokens in the cache are given again.
+            masked = getattr(self.config, "_mask_length", -1) if mask is None else mask.shape[1]
+            length = given if given == masked else past + given
+        if length <= past or (mask is not None and mask.shape[1] != length):
+            raise CannotCapture("the attention mask is not one of all tokens")
+        return length
 
     def shape(self, length: int) -> StepShape:
         """That of a step whose cache has room for `length` tokens."""
@@ -296,10 +356,12 @@ class _Run:
 
     def larger(self, step: Step, length: int) -> Step:
         """A step with more room, in the place of one whose cache is full of `length` tokens."""
+        larger = None
         try:
             larger = self.captured(length + 1)
         except CannotCapture as reason:
             _say(f"generate() goes on without CUDA graphs: {reason}")
+        if larger is None:  # out there, where the error keeps no tensor of the first try alive
             larger = Step(self.model, self.shape(length + 1), self.layers)
         larger.go_on_from(step, length)
         return larger
@@ -314,21 +376,23 @@ class _Run:
         outputs = model._prefill(
             self.input_ids, self.config, self.arguments, is_first_iteration=True
         )
-        arguments = model._update_model_kwargs_for_generation(outputs, self.arguments)
+        arguments = model._update_model_kwargs_for_generation(
+            outputs, self.arguments, is_encoder_decoder=False
+        )
         cache = arguments[CACHE]
         length = cached = cache.get_seq_length()
         kept = self.config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
         logits = outputs.logits[:, -1].to(self.input_ids.device, torch.float32, copy=True)
         del outputs
         self.choose(logits)
-        over = self.is_over()
+        over = self.is_over(length)
         if not over:
             assert length < step.shape.capacity
             step.load(
                 cache,
                 length,
                 self.input_ids[:, -1:],
-                arguments.get("attention_mask"),
+                arguments.get(MASK),
                 arguments.get("position_ids"),
                 self.unfinished,
             )
@@ -347,12 +411,12 @@ class _Run:
                 else:
                     self.choose(step.logits.clone())
                     step.token.copy_(self.input_ids[:, -1:])
-                over = self.is_over()
+                over = self.is_over(length)
         if self.streamer is not None:
             self.streamer.end()
         if kept and length > cached:
             step.give_back(cache, cached + len(self.tokens) - 1)
-        sequences = self.input_ids[:, : self.prompt + len(self.tokens)]
+        sequences = self.input_ids[:, : self.prompt + len(self.tokens)].contiguous()
         if self.greedy:
             new = torch.tensor(self.tokens, device=sequences.device)
             sequences = torch.cat([sequences[:, : self.prompt], new.t()], dim=-1)
@@ -376,7 +440,7 @@ class _Run:
             tokens, right = self.draw(torch.softmax(scores, dim=-1))
         else:
             tokens, right = scores.argmax(dim=-1), None
-        if self.ends is not None:
+        if self.pads:
             tokens = torch.where(self.unfinished, tokens, self.pad)
         self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
         so_far = None if self.scores is None else tuple(self.scores)
@@ -390,9 +454,9 @@ class _Run:
         They are computed as there, from the same random numbers; but torch.multinomial waits until
         it can look at the probabilities, and raises an error where we hand one on.
         """
+        noise = torch.empty_like(probabilities).exponential_(1)
         if self.ahead:
             self.random_offsets.append(_generator(probabilities.device).get_offset())
-        noise = torch.empty_like(probabilities).exponential_(1)
         least, most = probabilities.aminmax(dim=-1)
         return (probabilities / noise).argmax(dim=-1), (least >= 0) & (most < torch.inf)
 
@@ -408,10 +472,14 @@ class _Run:
         self.launched += 1
         self.reports.send(report)
 
-    def is_over(self) -> bool:
-        """Read the tokens of steps that lie far enough back; whether all texts have ended."""
+    def is_over(self, length: int) -> bool:
+        """Read the tokens of steps that lie far enough back; whether all texts have ended.
+
+        length: of the cache, and so the position of the next step's token, if there is no padding.
+        """
         full = self.limit is not None and self.launched >= self.limit
-        while len(self.reports) > (0 if full else self.ahead):
+        ahead = self.ahead if not full and length < self.positions else 0
+        while len(self.reports) > ahead:
             tokens, unfinished, *right = self.reports.receive()
             if not all(map(all, right)):
                 raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
@@ -419,11 +487,16 @@ class _Run:
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(tokens))
             if not any(unfinished):
-                if self.random_offsets[len(self.tokens) :]:  # as if no step had been too many
-                    offset = self.random_offsets[len(self.tokens)]
-                    _generator(self.input_ids.device).set_offset(offset)
+                self.undo_draws()
                 return True
         return full
+
+    def undo_draws(self) -> None:
+        """Give back the random numbers of steps too many, unless others have drawn since."""
+        if self.random_offsets[len(self.tokens) :]:
+            generator = _generator(self.input_ids.device)
+            if generator.get_offset() == self.random_offsets[-1]:
+                generator.set_offset(self.random_offsets[len(self.tokens) - 1])
 
 
 class _Reports:
