@@ -45,6 +45,9 @@ ARGUMENTS = (
     "tokenizer",
 )  # fmt: skip
 
+#: Where transformers' hooks that record hidden states and attentions are from.
+RECORDING = "transformers.utils.output_capturing"
+
 #: Attention that takes a mask, and so can look at a cache that is not full.
 ATTENTION = ("sdpa", "eager")
 
@@ -226,9 +229,18 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
 
 
 def _has_hooks(model: Any) -> bool:
-    """Whether calls of modules run what a replayed step would not."""
+    """Whether calls of modules run what a replayed step would not.
+
+    transformers' own hooks, which a model keeps once it was asked for hidden states, do nothing
+    unless it is asked again.
+    """
     return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
-        module._forward_hooks or module._forward_pre_hooks or has_own_forward(module)
+        module._forward_pre_hooks
+        or has_own_forward(module)
+        or any(
+            getattr(hook, "__module__", None) != RECORDING
+            for hook in module._forward_hooks.values()
+        )
         for module in model.modules()
     )
 

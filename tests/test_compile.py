@@ -23,7 +23,13 @@ from hf_triton_mlp.measure import CASES, Case
 from hf_triton_mlp.tuning import PDL_CAPABILITY, Linear, Plan, choose
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 #: Shared memory that a block may have, by compute capability, in bytes: A100, RTX 30/40, H100.
 SHARED = {(8, 0): 163 * 1024, (8, 6): 99 * 1024, (8, 9): 99 * 1024, (9, 0): 227 * 1024}
 

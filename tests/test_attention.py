@@ -1,0 +1,125 @@
+"""The attention of captured steps: its kernels on a GPU or in the interpreter, and its place."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from test_compile import CUOBJDUMP, SHARED, check_compiles
+from torch import Tensor
+
+from hf_triton_mlp import attention, decoding, graph_decode, patch_model
+from hf_triton_mlp.attention import attention_launches, decode_attention
+from hf_triton_mlp.capture import captures_of
+from hf_triton_mlp.kernels import INTERPRETED
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+ON_DEVICE = [] if INTERPRETED else [pytest.mark.gpu]
+needs_kernels = pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=ON_DEVICE)])
+
+#: batch, heads, heads of keys, values of a head, capacity, length, rows of a chunk
+SHAPES = [
+    (2, 4, 4, 16, 64, 0, 512),
+    (2, 4, 2, 24, 64, 40, 512),
+    (3, 6, 1, 80, 256, 255, 64),
+    (1, 8, 2, 128, 512, 200, 128),
+    (2, 2, 2, 64, 1024, 1000, 512),
+    (2, 2, 2, 64, 1024, 3, 256),
+]
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: int, mask: Tensor,
+    bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The formula in PyTorch, in `dtype`, with the softmax at least in float32."""
+    group, rows = q.shape[1] // k.shape[1], slice(0, length + 1)
+    keys, values = (
+        torch.cat([x[:, :, :length], new[:, :, None]], 2).to(dtype).repeat_interleave(group, 1)
+        for x, new in ((keys, k), (values, v))
+    )
+    scores = (q.to(dtype)[:, :, None] @ keys.transpose(-1, -2)) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.to(dtype).view(*q.shape[:2], 1, -1)[..., rows]
+    scores = scores.masked_fill(~mask[:, None, None, rows], float("-inf"))
+    return (scores.softmax(-1, dtype=torch.promote_types(dtype, torch.float32)).to(dtype) @ values)[
+        :, :, 0
+    ]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("extra", ["", "softcap", "bias"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode_attention(
+    shape: tuple[int, ...], extra: str, dtype: torch.dtype, device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    batch, heads, key_heads, D, capacity, length, chunk = shape
+    monkeypatch.setattr(attention, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    q = random(batch, D, heads).transpose(1, 2)  # as a view of what a projection gave may lie
+    k, v = random(batch, key_heads, D), random(batch, key_heads, D)
+    keys, values = (random(batch, key_heads, capacity, D) for _ in range(2))
+    keys[:, :, length:] = values[:, :, length:] = torch.nan  # nothing there is read
+    mask = torch.rand((batch, capacity), generator=generator).to(device) > 0.3
+    mask[:, length], mask[:, length + 1 :] = True, False
+    bias = random(batch * heads, capacity) if extra == "bias" else None
+    options = {"scale": 0.3, "softcap": 2.0 if extra == "softcap" else None}
+    rest = (q, k, v, keys.clone(), values.clone(), length, mask, bias, *options.values())
+    exact, own = reference(*rest, torch.float64), reference(*rest, dtype)
+    place = torch.tensor(length, device=device)
+    found = decode_attention(q, k, v, keys, values, place, mask, bias, **options)
+    tiny.assert_as_accurate(found, own, exact)
+    assert torch.equal(keys[:, :, length], k) and torch.equal(values[:, :, length], v)
+    assert keys[:, :, length + 1 :].isnan().all()
+    again = decode_attention(q, k, v, keys, values, place, mask, bias, **options)
+    assert torch.equal(again, found)
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "llama"])
+def test_steps_attend_in_it(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    model: Any = tiny.build(family).to(device)
+    inputs = tiny.batch(device)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    patch_model(model)
+    assert torch.equal(model.generate(**inputs, **options, custom_generate=graph_decode), expected)
+    assert [step.fused for step in captures_of(model)._steps.values()] == [True]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton has no cuobjdump")
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "D", "capacity", "dtype"),
+    [
+        (12, 12, 64, 256, torch.float16),
+        (32, 8, 128, 2048, torch.bfloat16),
+        (8, 1, 256, 2048, torch.bfloat16),
+        (12, 12, 64, 256, torch.float32),
+    ],
+)
+def test_it_compiles(
+    heads: int, key_heads: int, D: int, capacity: int, dtype: torch.dtype,
+    capability: tuple[int, int], tmp_path: Path,
+) -> None:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    k, keys = empty(1, key_heads, D), empty(1, key_heads, capacity, D)
+    length, mask = empty(dtype=torch.int64), empty(1, capacity, dtype=torch.bool)
+    for bias, softcap in ((None, None), (empty(heads, capacity), 30.0)):
+        tensors = (empty(1, heads, D), k, k, keys, keys, length, mask, bias)
+        pdl = capability >= (9, 0)
+        for call in attention_launches(*tensors, 0.1, softcap, empty(1, heads, D), pdl):
+            check_compiles(call, capability, tmp_path)

@@ -1,0 +1,411 @@
+"""generate() by captured steps, against transformers' own loop. On the CPU they run uncaptured."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from hf_triton_mlp import decoding, graph_decode, patch_model, patch_report, patched, unpatch_model
+from hf_triton_mlp.capture import CACHE, CAPTURES, CannotCapture, Step, captures_of
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+NAMES = ["bloom", "gpt2", "opt-post-norm", "opt-pre-norm"]
+
+
+@pytest.fixture(autouse=True)
+def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What the log says; the loop is ours on the CPU too."""
+    said: list[str] = []
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    monkeypatch.setattr(decoding, "_say", said.append)
+    yield said
+
+
+def text_model(family: str = "gpt2", device: str = "cpu", **changes: Any) -> Any:
+    return tiny.build(family, **changes).to(device)
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], ours: bool, **options: Any) -> Any:
+    torch.manual_seed(7)
+    if ours:
+        options["custom_generate"] = graph_decode
+    return model.generate(**inputs, **{"max_new_tokens": 20, "do_sample": False, **options})
+
+
+def assert_same(
+    model: Any, inputs: dict[str, torch.Tensor], said: list[str], **options: Any
+) -> Any:
+    theirs = generate(model, inputs, ours=False, **options)
+    found = generate(model, inputs, ours=True, **options)
+    assert said == []
+    assert torch.equal(found, theirs)
+    return found
+
+
+# --- the same tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_prompts_of_trained_models(name: str, device: str, reasons: list[str]) -> None:
+    """200 prompts in left-padded batches, against the loop with a static cache."""
+    folder = CHECKPOINTS / name
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval().to(device)
+    patch_model(model, cuda_graphs=True)
+    generator = torch.Generator().manual_seed(0)
+    text = tokenizer((CHECKPOINTS / "heldout.txt").read_text())["input_ids"]
+    for _ in range(8):
+        prompts = []
+        for _ in range(25):
+            start, length = (int(torch.randint(1, n, (), generator=generator)) for n in (900, 24))
+            prompts.append(tokenizer.decode(text[start : start + length]))
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
+        inputs.pop("token_type_ids", None)
+        options = {"max_new_tokens": 8, "do_sample": False, "disable_compile": True}
+        found = model.generate(**inputs, **options)
+        assert reasons == []
+        static = model.generate(**inputs, **options, cache_implementation="static")
+        assert torch.equal(found, static)
+        reasons.clear()  # the static cache is one
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "llama", "gemma", "olmo2"])
+def test_families(family: str, device: str, reasons: list[str]) -> None:
+    model = text_model(family, device)
+    assert_same(model, tiny.batch(device), reasons)
+    patch_model(model)
+    assert_same(model, tiny.batch(device), reasons)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+def test_windows_shorter_than_the_text(family: str, device: str, reasons: list[str]) -> None:
+    model = text_model(family, device, sliding_window=4)
+    assert_same(model, tiny.batch(device), reasons)
+    options = {"return_dict_in_generate": True}
+    theirs = generate(model, tiny.batch(device), ours=False, **options)
+    found = generate(model, tiny.batch(device), ours=True, **options)
+    for ours, own in zip(found[CACHE].layers, theirs[CACHE].layers, strict=True):
+        assert ours.get_seq_length() == own.get_seq_length()
+        torch.testing.assert_close(ours.keys, own.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours.values, own.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8, "temperature": 1.3},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.5, "typical_p": 0.9},
+        {"num_return_sequences": 3},
+        {"min_new_tokens": 9, "eos_token_id": list(range(2, 90))},
+        {"eos_token_id": [2, 5, 17, 30, 31]},
+    ],
+    ids=" ".join,
+)
+def test_sampling(options: dict[str, Any], device: str, reasons: list[str]) -> None:
+    assert_same(text_model(device=device), tiny.batch(device), reasons, do_sample=True, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
+        {"eos_token_id": list(range(2, 60))},
+        {"eos_token_id": list(range(2, 96)), "min_new_tokens": 5},
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": [3, 4], "num_return_sequences": 1},
+        {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(len(ids), len(ids) + 9))},
+    ],
+    ids=" ".join,
+)
+def test_greedy_options(options: dict[str, Any], device: str, reasons: list[str]) -> None:
+    assert_same(text_model(device=device), tiny.batch(device), reasons, **options)
+
+
+def test_scores_logits_and_the_cache(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    for ends in (None, list(range(2, 60))):
+        options = {
+            "return_dict_in_generate": True,
+            "output_scores": True,
+            "output_logits": True,
+            "eos_token_id": ends,
+        }
+        theirs = generate(model, inputs, ours=False, **options)
+        found = generate(model, inputs, ours=True, **options)
+        assert torch.equal(found.sequences, theirs.sequences) and reasons == []
+        for name in ("scores", "logits"):
+            torch.testing.assert_close(found[name], theirs[name], rtol=1e-4, atol=1e-4)
+        assert found[CACHE].get_seq_length() == theirs[CACHE].get_seq_length()
+
+
+def test_a_text_goes_on_from_its_cache(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    texts = []
+    for ours in (False, True):
+        cache = DynamicCache(config=model.config)
+        first = generate(model, inputs, ours, **{CACHE: cache})
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(first)], 1)
+        longer = {"input_ids": first, "attention_mask": mask[:, : first.shape[1]]}
+        texts.append(generate(model, longer, ours, **{CACHE: cache}))
+    assert torch.equal(*texts) and reasons == []
+
+
+def test_embeddings_for_a_prompt(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model("llama", device), tiny.batch(device)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    assert_same(model, given, reasons)
+
+
+def test_a_cache_that_grows(
+    device: str, monkeypatch: pytest.MonkeyPatch, reasons: list[str]
+) -> None:
+    monkeypatch.setattr(decoding, "LEAST_CAPACITY", 16)
+    model = text_model(device=device)
+    assert_same(model, tiny.batch(device), reasons, max_new_tokens=50)
+    assert [shape.capacity for shape in captures_of(model)._steps] == [32, 64]
+    assert_same(model, tiny.batch(device), reasons, max_new_tokens=50, do_sample=True)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.put_: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.put_.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.mark.parametrize("ends", [None, list(range(2, 60))])
+def test_a_streamer_gets_each_token_once(ends: Any, device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    theirs, found = Recorder(), Recorder()
+    generate(model, inputs, ours=False, streamer=theirs, eos_token_id=ends)
+    decoding.enable(model)
+    generate(model, inputs, ours=False, streamer=found, eos_token_id=ends)
+    assert found.put_ == theirs.put_ and found.ended and reasons == []
+
+
+class Calls(StoppingCriteria):
+    """Stops after some calls, and counts them."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.lengths.append(input_ids.shape[1])
+        return torch.full((len(input_ids),), len(self.lengths) == 5, device=input_ids.device)
+
+
+def test_what_counts_its_calls(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    both = Calls(), Calls()
+    texts = [
+        generate(model, inputs, ours, stopping_criteria=StoppingCriteriaList([calls]))
+        for ours, calls in zip((False, True), both, strict=True)
+    ]
+    assert torch.equal(*texts) and both[0].lengths == both[1].lengths and reasons == []
+
+
+class NoNumber(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores * torch.nan if input_ids.shape[1] > 9 else scores
+
+
+def test_probabilities_that_are_none() -> None:
+    model, inputs = text_model(), tiny.batch()
+    options = {"do_sample": True, "logits_processor": LogitsProcessorList([NoNumber()])}
+    for ours in (False, True):
+        with pytest.raises(RuntimeError, match="probability tensor contains"):
+            generate(model, inputs, ours, **options)
+    assert len(generate(model, inputs, ours=True)) == 2
+
+
+# --- transformers' loop, and why ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"num_beams": 2}, "beam"),
+        ({"cache_implementation": "static", "disable_compile": True}, "another cache"),
+        ({"use_cache": False}, "no cache"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "attentions"),
+    ],
+)
+def test_what_is_not_captured(options: dict[str, Any], reason: str, reasons: list[str]) -> None:
+    model, inputs = text_model(attn_implementation="eager"), tiny.batch()
+    theirs = generate(model, inputs, ours=False, **options)
+    decoding.enable(model)
+    found = generate(model, inputs, ours=False, **options)
+    sequences = [each if isinstance(each, torch.Tensor) else each[0] for each in (theirs, found)]
+    assert torch.equal(*sequences)
+    assert len(reasons) == 1 and reason in reasons.pop()
+    assert_same(model, inputs, reasons)
+
+
+def test_hooks_training_and_the_cpu(monkeypatch: pytest.MonkeyPatch, reasons: list[str]) -> None:
+    model, inputs = text_model(), tiny.batch()
+    expected = generate(model, inputs, ours=False)
+    hook = model.transformer.h[1].register_forward_hook(lambda *_: None)
+    assert torch.equal(generate(model, inputs, ours=True), expected) and "hooks" in reasons.pop()
+    hook.remove()
+    model.train()
+    assert torch.equal(generate(model, inputs, ours=True), expected) and "train" in reasons.pop()
+    model.eval()
+    monkeypatch.setattr(decoding, "ON_CPU", False)
+    assert torch.equal(generate(model, inputs, ours=True), expected) and "cpu" in reasons.pop()
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), torch.cuda.OutOfMemoryError("full")])
+def test_a_step_that_cannot_be_captured(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, reasons: list[str]
+) -> None:
+    model, inputs = text_model(), tiny.batch()
+    expected = generate(model, inputs, ours=False)
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Step, "run", fail)
+    assert torch.equal(generate(model, inputs, ours=True), expected)
+    assert len(reasons) == 1
+
+
+# --- what is kept -------------------------------------------------------------------------------
+
+
+def test_changes_of_the_model_are_seen(reasons: list[str]) -> None:
+    model, inputs = text_model(), tiny.batch()
+    decoding.enable(model)
+    generate(model, inputs, ours=False)
+    [step] = captures_of(model)._steps.values()
+    model.load_state_dict(tiny.randomized(copy.deepcopy(model), seed=1).state_dict())
+    assert_same(model, inputs, reasons)
+    assert list(captures_of(model)._steps.values()) == [step]
+    model.transformer.h[0].mlp.c_fc.weight = torch.nn.Parameter(
+        2 * model.transformer.h[0].mlp.c_fc.weight.detach()
+    )
+    assert_same(model, inputs, reasons)
+    assert step not in captures_of(model)._steps.values()
+    model.double().float()
+    assert not captures_of(model)._steps
+    unpatch_model(model)
+
+
+def test_few_captures_are_kept(reasons: list[str]) -> None:
+    model = text_model()
+    for rows in range(1, CAPTURES + 3):
+        generate(model, tiny.batch(rows=rows), ours=True, max_new_tokens=2)
+    assert [shape.batch for shape in captures_of(model)._steps] == list(range(3, CAPTURES + 3))
+
+
+def test_patch_and_the_way_back(tmp_path: Path, reasons: list[str]) -> None:
+    model, inputs = text_model(), tiny.batch()
+    expected, cls = generate(model, inputs, ours=False), type(model)
+    assert patch_report(model).decoding == ""
+    with patched(model, cuda_graphs=True):
+        assert type(model) is not cls and type(model).__name__ == cls.__name__
+        assert "none captured" in str(patch_report(model))
+        assert torch.equal(generate(model, inputs, ours=False), expected)
+        assert "256 tokens" in patch_report(model).decoding
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(generate(copied, inputs, ours=False), expected)
+        model.save_pretrained(tmp_path)
+        assert AutoModelForCausalLM.from_pretrained(tmp_path).config.architectures == [cls.__name__]
+    assert type(model) is cls and not captures_of(model)._steps and reasons == []
+
+
+def test_a_model_that_does_not_generate() -> None:
+    model: PreTrainedModel = text_model().transformer
+    before = tiny.tree(model)
+    with pytest.raises(ValueError, match="generate"):
+        patch_model(model, cuda_graphs=True)
+    assert tiny.tree(model) == before
+
+
+def test_inference_mode_and_after(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    with torch.inference_mode():
+        found = generate(model, inputs, ours=True)
+    assert torch.equal(assert_same(model, inputs, reasons), found)
+
+
+def test_an_error_in_the_middle(reasons: list[str]) -> None:
+    class Fails(Recorder):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.put_) == 4:
+                raise KeyboardInterrupt
+
+    model, inputs = text_model(), tiny.batch()
+    decoding.enable(model)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, inputs, ours=False, streamer=Fails())
+    decoding.disable(model)
+    assert_same(model, inputs, reasons)
+
+
+def test_threads_take_turns(reasons: list[str]) -> None:
+    model = text_model()
+    decoding.enable(model)
+    prompts = [tiny.batch(length=length) for length in (3, 5, 7, 9)]
+    expected = [generate(model, inputs, ours=False) for inputs in prompts]
+    found: dict[int, torch.Tensor] = {}
+
+    def run(i: int) -> None:
+        for _ in range(3):
+            found[i] = model.generate(**prompts[i], max_new_tokens=20, do_sample=False)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[i], expected[i]) for i in range(len(prompts))) and reasons == []
+
+
+def test_a_streamer_that_generates(reasons: list[str]) -> None:
+    class Generates(Recorder):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.put_) == 3:
+                generate(model, inputs, ours=False)
+
+    model, inputs = text_model(), tiny.batch()
+    expected = generate(model, inputs, ours=False)
+    decoding.enable(model)
+    assert torch.equal(generate(model, inputs, ours=False, streamer=Generates()), expected)
+    assert len(reasons) == 1 and "another generate" in reasons[0]
+
+
+def test_within_a_step_of_another_call() -> None:
+    captures = captures_of(text_model())
+    device = torch.device("cpu")
+    with captures.in_use(device), pytest.raises(CannotCapture), captures.in_use(device):
+        pass
