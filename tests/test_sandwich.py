@@ -18,8 +18,8 @@ from hf_triton_mlp.patches.sandwich import (
 )
 from test_llama import module_of, named
 from test_packed import mlps
-from tiny_models import prove
 from test_plain_families import Formula, sorted_sums
+from tiny_models import prove
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
