@@ -14,7 +14,7 @@ from hf_triton_mlp.cli import app
 from hf_triton_mlp.patching import specs
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-NAMES = ["bloom", "gpt2", "opt-post-norm", "opt-pre-norm"]
+NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
 
 
 def run(*arguments: object) -> Result:

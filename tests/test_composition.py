@@ -727,7 +727,9 @@ def test_meta_device(family: str) -> None:
     assert torch.equal(logits(unpatch_model(model)), logits(source))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "opt-pre-norm", "opt-post-norm"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "bloom", "opt-pre-norm", "opt-post-norm", "llama", "gemma"]
+)
 def test_trained_checkpoints(name: str, tmp_path: Path, device: str) -> None:
     folder = CHECKPOINTS / name
     if not (folder / "model.safetensors").exists():

@@ -26,7 +26,7 @@ from hf_triton_mlp import decoding, graph_decode, patch_model, patch_report, pat
 from hf_triton_mlp.capture import CACHE, CAPTURES, CannotCapture, Step, captures_of
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-NAMES = ["bloom", "gpt2", "opt-post-norm", "opt-pre-norm"]
+NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
 
 
 @pytest.fixture(autouse=True)
