@@ -247,7 +247,8 @@ def shrunk(default: PretrainedConfig, changes: dict[str, Any]) -> PretrainedConf
     small |= {name: 0.0 for name in fields if "drop" in name and isinstance(fields[name], float)}
     needed = support.NEEDED.get(default.model_type, {})
     own = OWN.get(default.model_type, {})
-    changes = copy.deepcopy({**needed, **small, **per_layer(default), **own, **changes})
+    wanted = changes.get("num_hidden_layers")
+    changes = copy.deepcopy({**needed, **small, **per_layer(default, wanted), **own, **changes})
     for name, part in fields.items():
         if isinstance(part, PretrainedConfig):
             of_part = changes.get(name, {})
@@ -261,8 +262,8 @@ def is_larger(value: Any, size: int, needed: bool) -> bool:
     return needed if value is None else isinstance(value, int) and value > size
 
 
-def per_layer(default: PretrainedConfig) -> dict[str, Any]:
-    """What a config says of its layers, of one of each kind and LAYERS at least, if they differ."""
+def per_layer(default: PretrainedConfig, wanted: int | None) -> dict[str, Any]:
+    """What a config says of its layers, if they differ: of `wanted`, or one of each and LAYERS."""
     count = vars(default).get("num_hidden_layers")
     lists = {
         name: values
@@ -272,7 +273,8 @@ def per_layer(default: PretrainedConfig) -> dict[str, Any]:
     kinds = list(dict.fromkeys(zip(*lists.values(), strict=True)))
     if len(kinds) < 2:
         return {}
-    layers = list(itertools.islice(itertools.cycle(kinds), max(len(kinds), LAYERS)))
+    number = wanted or max(len(kinds), LAYERS)
+    layers = list(itertools.islice(itertools.cycle(kinds), number))
     columns = dict(zip(lists, map(list, zip(*layers, strict=True)), strict=True))
     return {**columns, "num_hidden_layers": len(layers)}
 
