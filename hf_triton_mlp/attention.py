@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 from hf_triton_mlp.kernels import INTERPRETED, combine_attention_kernel, decode_attention_kernel
@@ -27,7 +27,8 @@ NAME = "hf_triton_mlp"
 #: for the next tile, on its way meanwhile.
 TILE = 8192
 
-#: Rows of a cache for one program; a longer cache is for several, and for a second launch.
+#: Rows of a cache for one program; a longer cache is for several, and for a second launch. Neither
+#: number has been measured against others yet.
 CHUNK = 512
 
 #: The most values of a head.
@@ -56,7 +57,11 @@ def in_step(model: Any, cache: Any) -> Iterator[None]:
     Raises CannotFuse unless `attend` computed every attention that wrote to the cache.
     """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    names = [(config, config._attn_implementation_internal) for config in configs.values()]
+    names = [
+        (config, config._attn_implementation_internal)
+        for config in configs.values()
+        if isinstance(config, PretrainedConfig)
+    ]
     _state.layers = {id(layer.keys): layer for layer in cache.layers}
     for layer in cache.layers:
         layer.deferred = True

@@ -27,6 +27,9 @@ logger = logging.get_logger(__name__)
 #: What transformers calls a model's cache.
 CACHE = "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
 
+#: Steps before ways to take one are compared: what the next one looks at has to differ.
+PROBES = 4
+
 #: Captures that a model keeps; the one that was not used for longest goes first.
 CAPTURES = 8
 
@@ -102,8 +105,6 @@ class StaticLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return self.capacity
 
-    get_max_cache_shape = get_max_length
-
 
 class DecodeCache(StaticCache):
     """The cache of a step; families look at the class of a cache to prepare masks."""
@@ -119,7 +120,7 @@ class Step:
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, model: Any, shape: StepShape, layers: int) -> None:
-        """Takes the step once, so that the model's layers say what their keys and values are."""
+        """Takes a few steps: the layers then know what their keys are, and have some to compare."""
         batch, capacity = shape.batch, shape.capacity
         self.shape = shape
         device = model.device
@@ -140,7 +141,11 @@ class Step:
         self.seconds = 0.0
         #: Whether the attention is ours, which writes the cache too.
         self.fused = False
-        self.run(model)
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        for first in range(PROBES):  # another token for each text
+            texts = torch.arange(first * batch, (first + 1) * batch, device=device)
+            self.token.copy_((texts % vocabulary)[:, None])
+            self.run(model)
         if not all(layer.is_initialized for layer in self.cache.layers):
             raise ValueError("the model keeps nothing in some layers of its cache")
         self._fuse(model)
@@ -348,7 +353,6 @@ class Captures:
         """The step of this shape, captured now if it was not yet."""
         if not self.fit(model):
             self._steps.clear()
-            self._fingerprint = _fingerprint(model)
         step = self._steps.get(shape)
         if step is None:
             step = self._capture(model, shape, layers)

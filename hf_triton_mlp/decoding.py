@@ -7,6 +7,7 @@ greedy decoding to the next token, is captured once for a batch size and a capac
 """
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -266,6 +267,18 @@ def _is_dynamic(cache: Any) -> bool:
     )
 
 
+def _positions(model: Any) -> float:
+    """How many positions a model surely has: a step too many must not ask for one more.
+
+    Without a number in the config, any, unless it has embeddings beside those of tokens.
+    """
+    count = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if count is not None:
+        return count
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return math.inf if len(tables) == 1 else 0
+
+
 class _Run:
     """One call of generate(): what it asks for, and the tokens that came of it so far."""
 
@@ -312,10 +325,7 @@ class _Run:
         self.pads = any(hasattr(one, "eos_token_id") for one in stopping_criteria)
         if self.pads and self.pad is None:
             raise CannotCapture("there is no padding token")
-        #: How many positions a model surely has: a step too many must not ask for one more.
-        self.positions = getattr(
-            model.config.get_text_config(decoder=True), "max_position_embeddings", 0
-        )
+        self.positions = _positions(model)
 
         self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         recorded = generation_config.return_dict_in_generate
@@ -541,7 +551,4 @@ class _Reports:
 
 def _generator(device: torch.device) -> torch.Generator:
     """The one that a GPU's random numbers come from."""
-    torch.cuda.init()
-    return torch.cuda.default_generators[
-        torch.cuda.current_device() if device.index is None else device.index
-    ]
+    return torch.cuda.default_generators[device.index]

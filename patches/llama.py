@@ -16,20 +16,32 @@ class FusedLlamaDecoderLayer(FusedLayer):
     self_attn: Any
 
     #: The norm in front of the MLP.
-    norm_name = "post_attention_layernorm"
+    norm_name: str | None = "post_attention_layernorm"
+    #: The norms behind the attention and behind the MLP.
+    branch_norm_names: tuple[str, str] | None = None
 
     def rest(self, hidden_states: Tensor) -> Callable[[Tensor, Tensor | None], Tensor] | None:
         """What follows the attention, as `TritonMLP.fuse` returns it."""
-        return self.mlp.fuse(hidden_states, getattr(self, self.norm_name))
+        norm = None if self.norm_name is None else getattr(self, self.norm_name)
+        return self.mlp.fuse(hidden_states, norm, branch_norms=self.branch_norms())
+
+    def branch_norms(self) -> tuple[Any, Any] | None:
+        """The modules of branch_norm_names."""
+        names = self.branch_norm_names
+        return None if names is None else (getattr(self, names[0]), getattr(self, names[1]))
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         rest = self.rest(hidden_states)
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
         attention, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), **self.named(args, kwargs)
+            hidden_states=self.normed(hidden_states), **self.named(args, kwargs)
         )
         return rest(attention, hidden_states)
+
+    def normed(self, hidden_states: Tensor) -> Tensor:
+        """What the attention takes."""
+        return self.input_layernorm(hidden_states)
 
 
 class FusedVaultGemmaDecoderLayer(FusedLlamaDecoderLayer):
@@ -133,9 +145,10 @@ def like_llama(
         fused = {
             "fused_layer": fused_layer,
             "attention": "self_attn",
-            "norm": lambda layer: fused_layer.norm_name,
+            "norm": None if fused_layer.norm_name is None else lambda layer: fused_layer.norm_name,
             "norm_kind": norm_kind,
             "norm_class": f"{module}.{norm}",
+            "branch_norms": fused_layer.branch_norm_names,
         }
     if fused_layer is FusedGraniteDecoderLayer:
         fused["branch_scale"] = lambda layer: layer.residual_multiplier

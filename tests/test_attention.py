@@ -97,6 +97,28 @@ def test_steps_attend_in_it(family: str, device: str, monkeypatch: pytest.Monkey
     assert [step.fused for step in captures_of(model)._steps.values()] == [True]
 
 
+def other_scale(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return decode_attention(q, k, v, *rest, **{**options, "scale": 2 * options["scale"]})
+
+
+def other_texts(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+    return decode_attention(q, k, v.roll(1, 0), *rest, **options)
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong", [other_scale, other_texts])
+def test_another_attention_is_not_taken(
+    wrong: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    model, inputs = tiny.build("gpt2").to(device), tiny.batch(device)
+    options = {"max_new_tokens": 2, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    monkeypatch.setattr(attention, "decode_attention", wrong)
+    assert torch.equal(model.generate(**inputs, **options, custom_generate=graph_decode), expected)
+    assert [step.fused for step in captures_of(model)._steps.values()] == [False]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @pytest.mark.skipif(not CUOBJDUMP.exists(), reason="this Triton has no cuobjdump")
 @pytest.mark.parametrize("capability", SHARED)

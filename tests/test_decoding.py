@@ -189,6 +189,23 @@ def test_a_cache_that_grows(
     assert_same(model, tiny.batch(device), reasons, max_new_tokens=50, do_sample=True)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "llama"])
+def test_the_host_reads_behind(
+    family: str, monkeypatch: pytest.MonkeyPatch, reasons: list[str]
+) -> None:
+    """Not so where the next step might ask for a position that is not there."""
+    waiting: list[int] = []
+    receive = decoding._Reports.receive
+
+    def counted(self: Any) -> Any:
+        waiting.append(len(self))
+        return receive(self)
+
+    monkeypatch.setattr(decoding._Reports, "receive", counted)
+    assert_same(text_model(family), tiny.batch(), reasons)
+    assert waiting[0] == decoding.STEPS_AHEAD + 1 and waiting[-1] == 1
+
+
 class Recorder(BaseStreamer):
     def __init__(self) -> None:
         self.put_: list[list[int]] = []
