@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -113,6 +114,28 @@ class DecodeCache(StaticCache):
         Cache.__init__(self, layers=[StaticLayer(capacity, length) for _ in range(layers)])
 
 
+class Constants(TorchFunctionMode):
+    """Tensors that a step makes of Python's numbers, made once: a capture cannot copy them.
+
+    BLOOM's and Falcon's ALiBi start from such a number.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tensors: dict[Any, Tensor] = {}
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is not torch.tensor:
+            return function(*args, **kwargs)
+        key = repr((args, sorted(kwargs.items())))
+        if key not in self._tensors:
+            self._tensors[key] = function(*args, **kwargs)
+        return self._tensors[key]
+
+
 class Step:
     """From the last token to the next logits, or the next token, on tensors that stay in place."""
 
@@ -131,6 +154,7 @@ class Step:
         #: 0 for padding; 1 also where there is no token yet, which the causal mask covers.
         self.mask = torch.ones((batch, capacity), dtype=torch.int64, device=device)
         self.cache: Any = DecodeCache(layers, capacity, self.length)
+        self.constants = Constants()
         self.logits = torch.empty(0)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.ends = torch.zeros(shape.ends, dtype=torch.int64, device=device)
@@ -168,7 +192,7 @@ class Step:
 
     def run(self, model: Any) -> None:
         """Take the step, launching its kernels one by one."""
-        with attention.in_step(model, self.cache) if self.fused else nullcontext():
+        with self.constants, attention.in_step(model, self.cache) if self.fused else nullcontext():
             self._run(model)
 
     def _run(self, model: Any) -> None:

@@ -78,7 +78,7 @@ TYPES = {name: (name, {}) for name in (*support.model_types(), *FURTHER)}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {**TYPES, **VARIANTS}
 
 README = Path(__file__).parents[1] / "README.md"
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32, torch.float16, torch.bfloat16)}
 SPECS = {spec.layer_class: spec for spec in specs()}
 
 
@@ -194,7 +194,9 @@ def assert_same(name: str, kind: str, model: Any) -> None:
     given = INPUTS.get(name, lambda model: tiny.batch(model.device, padding="right"))
     exact, original = logits(wide, given(wide)), logits(model, given(model))
     assert original.isfinite().all()
-    expected = None if name in NOT_GENERATED else tokens(model)
+    # In 16 bits the two best tokens of a random model are the same one too often.
+    generated = name not in NOT_GENERATED and model.dtype == torch.float32
+    expected = tokens(model) if generated else None
     keys, before = list(model.state_dict()), tiny.tree(model)  # BigBird's changed when it ran
 
     def assert_tokens() -> None:

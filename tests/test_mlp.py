@@ -77,7 +77,7 @@ def expected(
         return sum(t for t in terms if t is not None)  # type: ignore[return-value]
 
     if mlp.mlp_config.branch_norm is not None:
-        norm_a, norm_c = p.get("branch_nw", torch.ones(2, 1).double())
+        norm_a, norm_c = p.get("branch_nw", torch.ones(2, 1, device=a.device).double())
 
         def rms_norm(x: torch.Tensor, weight: torch.Tensor | int) -> torch.Tensor:
             offset = mlp.mlp_config.branch_norm == "rms_norm_offset" and mlp.branch_nw is not None

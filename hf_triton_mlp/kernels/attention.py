@@ -107,13 +107,14 @@ def decode_attention_kernel(
             scores = softcap * (2.0 * sigmoid(2.0 * scores / softcap, True) - 1.0)
         if bias_ptr is not None:
             scores += widen(tl.load(bias_ptr + offs, mask=visible, other=0.0))
-        scores = tl.where(visible, scores * LOG2_E, float("-inf"))
+        scores = tl.where(visible, scores, float("-inf"))
         before = greatest
         greatest = tl.maximum(greatest, tl.max(scores, axis=0))
         # All of them invisible so far: any finite number in place of -inf gives weights of 0.
         origin = tl.where(greatest == float("-inf"), 0.0, greatest)
-        weights = tl.exp2(scores - origin)
-        kept = tl.exp2(before - origin)
+        # The difference first: it is small, and exact, where the weight is large.
+        weights = tl.exp2((scores - origin) * LOG2_E)
+        kept = tl.exp2((before - origin) * LOG2_E)
         total = total * kept + tl.sum(weights, axis=0)
         sums = sums * kept + tl.sum(weights[:, None] * widen(values), axis=0)
         keys, values = next_keys, next_values
@@ -155,6 +156,6 @@ def combine_attention_kernel(
     totals = tl.load(parts + BLOCK_D, mask=mask_c, other=0.0)
     greatest = tl.load(parts + BLOCK_D + 1, mask=mask_c, other=float("-inf"))
     # The chunk with the new token has a finite score.
-    weights = tl.exp2(greatest - tl.max(greatest, axis=0))
+    weights = tl.exp2((greatest - tl.max(greatest, axis=0)) * LOG2_E)
     out = tl.sum(sums * weights[:, None], axis=0) / tl.sum(totals * weights, axis=0)
     tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
