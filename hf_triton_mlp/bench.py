@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -63,55 +63,97 @@ def bench_mlp(
     is told each cell before it is measured, `save` gets the record after it. Times are in
     microseconds.
     """
-    started = time.monotonic()
-    run: dict[str, Any] = {
-        "command": " ".join(["hf-triton-mlp", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "ceilings": {},
-    }
+    run: dict[str, Any] = {**new_run(), "ceilings": {}}
     record: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "versions": versions(),
         "layer half": "a + r; norm; MLP; + (a + r), rotated over layers past the L2",
         "compiled peers": compiled,
-        "runs": [],
-        "skipped": [],
-        "cells": [],
     }
+    layers: list[MLPWeights] = []
+    held = None
+
+    def measure(place: dict[str, Any]) -> dict[str, Any]:
+        nonlocal held
+        dtype, case = place["dtype"], place["case"]
+        if dtype not in run["ceilings"]:
+            run["ceilings"][dtype] = ceilings(getattr(torch, dtype))._asdict()
+        if held != (dtype, case):
+            layers.clear()
+            gc.collect()
+            torch.cuda.empty_cache()
+            layers.extend(random_layers(CASES[case], getattr(torch, dtype)))
+            held = dtype, case
+        return _cell(CASES[case], layers, place["M"], compiled, run["ceilings"][dtype])
+
+    asked = itertools.product(dtypes, cases, rows)
+    places = [{"dtype": dtype, "case": case, "M": M} for dtype, case, M in asked]
+    orders = {"dtype": DTYPES, "case": tuple(CASES)}
+    with torch.no_grad():
+        return fill(
+            record, run, places, measure, orders=orders, seconds=seconds, kept=kept,
+            progress=progress, save=save,
+        )  # fmt: skip
+
+
+def fill(
+    record: dict[str, Any],
+    run: dict[str, Any],
+    places: Iterable[dict[str, Any]],
+    measure: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    orders: dict[str, Sequence[str]],
+    seconds: float,
+    kept: dict[str, Any] | None,
+    progress: Callable[[str, int, int], None],
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Add the cells of these places that `kept` lacks to its own, in a record of one setting.
+
+    record: the setting, by which both must agree, or ValueError. run: what the new cells have in
+    common. orders: of values in a place, where it is not their own. The rest is as for `bench_mlp`.
+    """
+    started = time.monotonic()
+    record = {**record, "runs": [], "skipped": [], "cells": []}
     if kept is not None:
         _check_same(kept, record)
         record["runs"], record["cells"] = kept["runs"], kept["cells"]
-    runs = record["runs"]
-    measured = {(cell["dtype"], cell["case"], cell["M"]) for cell in record["cells"]}
-    asked = itertools.product(dtypes, cases, rows)
-    missing = [cell for cell in asked if cell not in measured]
-    order = {case: number for number, case in enumerate(CASES)}
-    layers: list[MLPWeights] = []
-    held = None
-    with torch.no_grad():
-        for number, (dtype, case, M) in enumerate(missing):
-            name = f"{dtype} {case} M={M}"
-            if time.monotonic() - started > seconds:
-                record["skipped"].append(name)
-                continue
-            progress(name, number, len(missing))
-            if dtype not in run["ceilings"]:
-                run["ceilings"][dtype] = ceilings(getattr(torch, dtype))._asdict()
-            if held != (dtype, case):
-                layers.clear()
-                gc.collect()
-                torch.cuda.empty_cache()
-                layers += random_layers(CASES[case], getattr(torch, dtype))
-                held = dtype, case
-            cell = _cell(CASES[case], layers, M, compiled, run["ceilings"][dtype])
-            place = {"dtype": dtype, "case": case, "M": M, "run": len(runs)}
-            record["cells"].append({**place, **cell})
-            record["cells"].sort(key=lambda c: (DTYPES.index(c["dtype"]), order[c["case"]], c["M"]))
-            run["seconds"] = round(time.monotonic() - started, 1)
-            record["runs"] = [*runs, run]
-            save(record)
+    runs, cells = record["runs"], record["cells"]
+    places = list(places)
+    missing = [
+        place for place in places if not any(place.items() <= cell.items() for cell in cells)
+    ]
+
+    def order(cell: dict[str, Any]) -> list[tuple[int, Any]]:
+        known = [(cell[key], orders.get(key, ())) for key in places[0]]
+        return [(names.index(v) if v in names else len(names), v) for v, names in known]
+
+    for number, place in enumerate(missing):
+        name = _name(place)
+        if time.monotonic() - started > seconds:
+            record["skipped"].append(name)
+            continue
+        progress(name, number, len(missing))
+        cells.append({**place, "run": len(runs), **measure(place)})
+        cells.sort(key=order)
+        run["seconds"] = round(time.monotonic() - started, 1)
+        record["runs"] = [*runs, run]
+        save(record)
     save(record)
     return record
+
+
+def _name(place: dict[str, Any]) -> str:
+    """float16 gpt2 M=1: words, and numbers with what they are of."""
+    return " ".join(v if isinstance(v, str) else f"{k}={v}" for k, v in place.items())
+
+
+def new_run() -> dict[str, Any]:
+    """What was called, and when."""
+    return {
+        "command": " ".join(["hf-triton-mlp", *sys.argv[1:]]),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -132,8 +174,8 @@ def _check_same(kept: dict[str, Any], record: dict[str, Any]) -> None:
     """Raise ValueError unless both records are of one device, one set of versions and peers."""
 
     def setting(of: dict[str, Any]) -> dict[str, Any]:
-        keys = ("device", "layer half", "compiled peers")
-        return {**{key: of.get(key) for key in keys}, **of.get("versions", {})}
+        plain = {k: v for k, v in of.items() if isinstance(v, (str, bool))}
+        return {**plain, **of.get("versions", {})}
 
     there, here = setting(kept), setting(record)
     differ = [
@@ -371,10 +413,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any], path: Path) -> None:
+    """The record, and the means of its speedups."""
+    write_lines({**record, "geometric_means": geometric_means(record)}, path)
+
+
+def write_lines(record: dict[str, Any], path: Path) -> None:
     """One cell a line, so that a diff shows which changed. The file is whole at every moment."""
     head = {key: value for key, value in record.items() if key != "cells"}
     lines = ",\n".join("  " + json.dumps(cell) for cell in record["cells"])
-    text = json.dumps({**head, "geometric_means": geometric_means(record)}, indent=1)
+    text = json.dumps(head, indent=1)
     part = path.with_name(f"{path.name}.part")
     part.write_text(f'{text[:-2]},\n "cells": [\n{lines}\n ]\n}}\n')
     part.replace(path)

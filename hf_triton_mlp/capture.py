@@ -403,6 +403,11 @@ class Captures:
         step.seconds = time.perf_counter() - started
         return step
 
+    @property
+    def seconds(self) -> float:
+        """How long the captures took that are kept."""
+        return sum(step.seconds for step in self._steps.values())
+
     def __str__(self) -> str:
         if not self._steps:
             return "CUDA graphs: none captured yet"
