@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def fill(
     places: Iterable[dict[str, Any]],
     measure: Callable[[dict[str, Any]], dict[str, Any]],
     *,
-    orders: dict[str, Sequence[str]],
+    orders: Mapping[str, Sequence[str]],
     seconds: float,
     kept: dict[str, Any] | None,
     progress: Callable[[str, int, int], None],

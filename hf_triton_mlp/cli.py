@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +22,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hf_triton_mlp
-from hf_triton_mlp import autotune, bench, support, tuning, validation
+from hf_triton_mlp import autotune, bench, bench_generate, support, tuning, validation
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.measure import CASES
 from hf_triton_mlp.patching import patch_model, patch_report, specs
@@ -34,7 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused Triton MLPs for Hugging Face Transformers models.",
 )
-benchmarks = typer.Typer(no_args_is_help=True, help="Measure the kernels on this GPU.")
+benchmarks = typer.Typer(
+    no_args_is_help=True, help="Measure the kernels, or whole calls of generate()."
+)
 app.add_typer(benchmarks, name="bench")
 console = Console()
 
@@ -103,8 +105,7 @@ def validate(
 ) -> None:
     """Compare a patched model with the original; exit status 1 when it is out of bounds."""
     with _errors_in_one_line():
-        if output is not None and not output.parent.is_dir():
-            raise ValueError(f"no folder {output.parent} to write {output.name} in")
+        _need_folders(output)
         reports = [
             _validate(
                 path_or_name,
@@ -189,9 +190,7 @@ def bench_mlp(
     with _errors_in_one_line():
         _known("case", case, CASES)
         _known("dtype", dtype, DTYPES[1:])
-        for path in (output, plot):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"no folder {path.parent} to write {path.name} in")
+        _need_folders(output, plot)
         kept = bench.read(output) if output is not None and output.exists() else None
         _need_gpu()
         dtypes = tuple(dtype or DTYPES[1:])
@@ -222,6 +221,80 @@ def bench_mlp(
             console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
         if plot is not None:
             bench.plot(record, plot, dtypes[0])
+
+
+@benchmarks.command("generate")
+def bench_generate_(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help=f"{', '.join(bench_generate.MODELS)} with random weights; or a folder, or a name "
+            "on the model hub"
+        ),
+    ],
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated; 1")] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(min=1, help="its tokens; may be repeated; 32")
+    ] = None,
+    new_tokens: Annotated[
+        list[int] | None, typer.Option(min=2, help="may be repeated; 128")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="may be repeated; float16, on the CPU float32")
+    ] = None,
+    device: Device = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile/--no-compile", help="transformers' compiled steps, which take longest"
+        ),
+    ] = True,
+    rounds: Annotated[int, typer.Option(min=2, help="calls of each contender")] = 5,
+    seconds: Annotated[float, typer.Option(help="start no cell after so many")] = math.inf,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="the record; cells that it holds already are kept")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="draw a plot here (needs matplotlib)")] = None,
+) -> None:
+    """Time whole calls of generate(), ours and transformers', and compare their texts."""
+    with _errors_in_one_line():
+        _known("dtype", dtype, DTYPES)
+        _need_folders(output, plot)
+        kept = bench.read(output) if output is not None and output.exists() else None
+        where = _device(device)
+        dtypes = tuple(dtype or ("float16" if where.type == "cuda" else "float32",))
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+        def load(name: str, dtype: str) -> Any:
+            if name in bench_generate.MODELS:
+                return bench_generate.random_model(name, dtype, where)
+            model = _loaded(transformers.AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
+            return model.to(where).eval()
+
+        on_gpu = where.type == "cuda"
+        with _bar() as show, torch.cuda.device(where) if on_gpu else nullcontext():
+            record = bench_generate.bench_generate(
+                bench_generate.cells(
+                    models, dtypes, batch or (1,), prompt or (32,), new_tokens or (128,)
+                ),
+                load,
+                device=where,
+                compiled=compiled,
+                rounds=rounds,
+                seconds=seconds,
+                kept=kept,
+                progress=show,
+                save=lambda record: None if output is None else bench.write_lines(record, output),
+            )
+        for table in bench_generate.tables(record):
+            console.print(table)
+        for remark in bench_generate.remarks(record):
+            console.print(escape(remark), soft_wrap=True)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
+        if plot is not None:
+            bench_generate.plot(record, plot, dtypes[0])
 
 
 @app.command()
@@ -300,6 +373,12 @@ def _known(what: str, names: Iterable[str] | None, known: Collection[str]) -> No
             raise ValueError(f"unknown {what} {name!r}; there are {', '.join(known)}")
 
 
+def _need_folders(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"no folder {path.parent} to write {path.name} in")
+
+
 def _need_gpu() -> None:
     if not torch.cuda.is_available():
         raise ValueError("this needs an NVIDIA GPU, and torch sees none")
@@ -321,6 +400,13 @@ def _dtypes(dtype: str, device: str | None) -> tuple[str, ...]:
     return (dtype,)
 
 
+def _loaded(cls: Any, path: str, **options: Any) -> Any:
+    try:
+        return cls.from_pretrained(path, **options)
+    except Exception as error:  # safetensors, tokenizers and json have their own
+        raise ValueError(f"cannot load {path}: {error}") from error
+
+
 def _validate(
     path: str,
     *,
@@ -337,13 +423,8 @@ def _validate(
     transformers.logging.disable_progress_bar()
     where = _device(device)
     with _progress(f"{path}: {dtype}: loading"):
-        try:
-            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-            original: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=getattr(torch, dtype)
-            )
-        except Exception as error:  # safetensors, tokenizers and json have their own
-            raise ValueError(f"cannot load {path}: {error}") from error
+        tokenizer = _loaded(transformers.AutoTokenizer, path)
+        original = _loaded(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
         original = original.to(where).eval()
         model = patch_model(copy.deepcopy(original), depth=depth)
     tokenizer.padding_side = "left"

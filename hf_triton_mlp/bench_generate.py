@@ -1,0 +1,630 @@
+"""The generate() benchmark: whole calls, ours against transformers' own ways to decode.
+
+Every contender has a copy of the model that shares its weights, and decodes greedily, in turn with
+the others, round by round, in one process. A round is one call for all new tokens and one for the
+first alone; both end with a copy of the tokens to the host, so the GPU is done then. The time a
+token takes is their difference over the tokens between: that is right for a loop that runs ahead
+of its tokens too, but knows only means. So gaps between tokens are measured as well, by a streamer
+and in a call of its own: when tokens reach a reader on the host, which each loop decides itself.
+"""
+
+import copy
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from hf_triton_mlp import decoding
+from hf_triton_mlp.bench import fill, new_run, versions
+from hf_triton_mlp.capture import CACHE, captures_of
+from hf_triton_mlp.measure import ceilings
+from hf_triton_mlp.patching import patch_model
+from hf_triton_mlp.peers import OURS
+
+#: Published configurations; their weights here are random, which speed does not depend on.
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2": {"model_type": "gpt2"},
+    "opt-1.3b": {
+        "model_type": "opt",
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 2048,
+    },
+    "bloom-7b1": {"model_type": "bloom", "hidden_size": 4096, "n_layer": 30, "n_head": 32},
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+}
+
+EAGER = "transformers eager"
+COMPILED = "transformers static + compile"
+OURS_EAGER = "hf_triton_mlp eager"
+
+
+class Way(NamedTuple):
+    """A way to decode: how the model is patched, if it is, and what generate() is told."""
+
+    patch: dict[str, Any] | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012
+
+
+#: By contender. On a GPU, transformers compiles the steps of a static cache by itself.
+WAYS = {
+    EAGER: Way(),
+    OURS_EAGER: Way(patch={}),
+    OURS: Way(patch={"cuda_graphs": True}),
+    COMPILED: Way(options={"cache_implementation": "static"}),
+}
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def bench_generate(
+    places: Iterable[dict[str, Any]],
+    load: Callable[[str, str], Any],
+    *,
+    device: torch.device,
+    compiled: bool = True,
+    rounds: int = 5,
+    seconds: float = math.inf,
+    kept: dict[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda cell, done, total: None,
+    save: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Measure these cells, which `cells` lists, with models on the device, `load(name, dtype)`.
+
+    compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
+    not compile, and they are left out. rounds: at least two. The rest is as for `bench_mlp`.
+    What fails, for lack of memory say, is recorded as failed. Without a GPU there is no peak
+    memory, no launches and no share of the limit.
+    Raises ValueError for more tokens than a model has positions.
+    """
+    on_gpu = device.type == "cuda"
+    run: dict[str, Any] = {**new_run(), "rounds": rounds, "ceilings": {}}
+    record: dict[str, Any] = {
+        "benchmark": "generate",
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "versions": versions(),
+        "compiled": compiled and on_gpu,
+    }
+    ways = {name: way for name, way in WAYS.items() if name != COMPILED or record["compiled"]}
+    model: Any = None
+    held = None
+
+    def measure(place: dict[str, Any]) -> dict[str, Any]:
+        nonlocal model, held
+        name, dtype = place["model"], place["dtype"]
+        if held != (name, dtype):
+            model = None
+            _free()
+            if on_gpu and dtype not in run["ceilings"]:
+                run["ceilings"][dtype] = ceilings(getattr(torch, dtype))._asdict()
+            model = load(name, dtype)
+            held = name, dtype
+        read = run["ceilings"][dtype]["read_tb_s"] if on_gpu else None
+        return _cell(model, place, ways, rounds, read)
+
+    orders = {"model": tuple(MODELS)}
+    with torch.no_grad():
+        return fill(
+            record, run, places, measure, orders=orders, seconds=seconds, kept=kept,
+            progress=progress, save=save,
+        )  # fmt: skip
+
+
+def cells(
+    models: Sequence[str],
+    dtypes: Sequence[str],
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    new_tokens: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Every cell: texts in a batch, tokens in each prompt, new tokens for each text."""
+    keys = ("model", "dtype", "batch", "prompt", "new_tokens")
+    values = itertools.product(models, dtypes, batches, prompts, new_tokens)
+    return [dict(zip(keys, each, strict=True)) for each in values]
+
+
+def random_model(name: str, dtype: str, device: torch.device) -> Any:
+    """A model of `MODELS` with random weights."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**MODELS[name])
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def twin(model: Any) -> Any:
+    """A copy whose weights lie in the same memory, until one of both is given others.
+
+    Patching moves GPT-2's: its copy then has a layout of its own.
+    """
+    memo: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.data, requires_grad=weight.requires_grad)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, memo)
+
+
+class Contender:
+    """A twin of a model, and one way to decode with it."""
+
+    def __init__(self, model: Any, way: Way) -> None:
+        self.model, self.options = twin(model), way.options
+        # Greedy, and no token ends a text: all are made.
+        self.model.generation_config = GenerationConfig(pad_token_id=0)
+        if way.patch is not None:
+            patch_model(self.model, **way.patch)
+
+    def generate(self, prompt: Tensor, tokens: int, streamer: Any = None) -> list[list[int]]:
+        """The new tokens of each text."""
+        output = self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=tokens,
+            streamer=streamer,
+            **self.options,
+        )
+        assert output.shape[1] == prompt.shape[1] + tokens
+        return output[:, prompt.shape[1] :].tolist()
+
+    def seconds(self, prompt: Tensor, tokens: int) -> float:
+        """How long a call takes."""
+        start = time.perf_counter()
+        self.generate(prompt, tokens)
+        return time.perf_counter() - start
+
+    def gaps(self, prompt: Tensor, tokens: int) -> list[float]:
+        """Seconds between a token of each text and the next, as they reach the host."""
+        clock = _Clock()
+        self.generate(prompt, tokens, clock)
+        _, *times = clock.times  # the first is the prompt's
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    def launches(self, prompt: Tensor, tokens: int) -> float:
+        """Kernels on the GPU a step, replayed ones too, without copies and fills.
+
+        A difference of two lengths, at most 16 and 8, leaves the prompt's out.
+        """
+        more = min(16, tokens)
+        less = more // 2
+
+        def launches(length: int) -> int:
+            self.generate(prompt, length)  # a shorter text may have a graph of its own
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                self.generate(prompt, length)
+                torch.cuda.synchronize()
+            return sum(
+                event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset"))
+                for event in profiler.events() or ()
+            )
+
+        return (launches(more) - launches(less)) / (more - less)
+
+
+class _Clock(BaseStreamer):
+    """When tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+class Judge:
+    """Where texts part: the margin there by the unpatched model, and how far errors reach.
+
+    The error is the largest of a logit, of both models, against the unpatched one in a wider type,
+    or where that finds no memory, of the patched one against the unpatched.
+    """
+
+    def __init__(self, model: Any, patched: Any | None) -> None:
+        self.models = {"transformers": model}
+        if patched is not None:
+            self.models["hf_triton_mlp"] = patched
+        wide = torch.float64 if model.dtype == torch.float32 else torch.float32
+        self.wide = _unless_full(lambda: twin(model).to(wide))
+        _free()
+        self.against = "transformers" if self.wide is None else str(wide).removeprefix("torch.")
+
+    def logits_errors(self, tokens: Tensor) -> dict[str, float] | None:
+        """RMS error of each model's logits for tokens (1, length), relative to RMS logits."""
+        if self.wide is None:
+            return None
+        reference = self.wide(tokens).logits
+        return {
+            side: round(((model(tokens).logits - reference).norm() / reference.norm()).item(), 8)
+            for side, model in self.models.items()
+        }
+
+    def parting(self, tokens: Tensor, theirs: int, ours: int) -> dict[str, float]:
+        """After tokens (1, length), the unpatched model's margin between two, and the error."""
+        logits = {side: self._last(model, tokens) for side, model in self.models.items()}
+        own = logits["transformers"]
+        reference = own if self.wide is None else self._last(self.wide, tokens)
+        errors = [(each - reference).abs().max().item() for each in logits.values()]
+        return {"margin": (own[theirs] - own[ours]).item(), "error": max(errors)}
+
+    def _last(self, model: Any, tokens: Tensor) -> Tensor:
+        return model(tokens).logits[0, -1].double()
+
+
+def _cell(
+    model: Any, place: dict[str, Any], ways: dict[str, Way], rounds: int, read_tb_s: float | None
+) -> dict[str, Any]:
+    new = place["new_tokens"]
+    prompt = _prompt(model, place)
+    per_step = bytes_per_step(model, place)
+    limit_ms = None if read_tb_s is None else sum(per_step.values()) / read_tb_s / 1e9
+    torch._dynamo.reset()
+    _free()
+    found: dict[str, dict[str, Any]] = {}
+    contenders: dict[str, Contender] = {}
+    texts: dict[str, list[list[int]]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+
+    @contextmanager
+    def part_of(name: str) -> Iterator[dict[str, Any]]:
+        """A contender that fails takes no further part."""
+        try:
+            yield found[name]
+            return
+        except Exception as error:
+            found[name]["failed"] = f"{type(error).__name__}: {error}"[:200]
+        contenders.pop(name, None)
+        times.pop(name, None)
+        _free()  # here, where no traceback keeps tensors alive
+
+    alone = _allocated(model)
+    for name, way in ways.items():
+        found[name] = {}
+        with part_of(name) as result:
+            contender = Contender(model, way)
+            # What other contenders keep does not count, nor does a layout of weights twice.
+            others = _allocated(model) - alone
+            result["first_call_s"] = round(contender.seconds(prompt, new), 3)
+            contender.seconds(prompt, 1)
+            with _peak(model) as peak:
+                texts[name] = contender.generate(prompt, new)
+            if peak:
+                result["peak_memory"] = peak[0] - others
+            contenders[name], times[name] = contender, []
+    for number in range(rounds):
+        # Who goes first alternates, so that a steady drift favours no one.
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            with part_of(name):
+                contender = contenders[name]
+                pair = contender.seconds(prompt, new), contender.seconds(prompt, 1)
+                times[name].append(pair)
+    for name, contender in list(contenders.items()):
+        with part_of(name) as result:
+            result.update(_figures(times, name, place, limit_ms))
+            gaps = contender.gaps(prompt, new)
+            result["gap_ms"] = {
+                "median": round(statistics.median(gaps) * 1e3, 4),
+                "p99": round(sorted(gaps)[math.ceil(0.99 * len(gaps)) - 1] * 1e3, 4),
+            }
+            if model.device.type == "cuda":
+                result["launches_per_step"] = contender.launches(prompt, new)
+            if name == OURS:
+                captures = captures_of(decoding.generating(contender.model))
+                result["capture_s"] = round(captures.seconds, 3)
+                result["graphs"] = str(captures)
+    patched = next((contenders[n].model for n in (OURS_EAGER, OURS) if n in contenders), None)
+    torch._dynamo.reset()
+    judge = Judge(model, patched)
+    if EAGER in contenders:
+        for name in list(contenders):
+            if name != EAGER:
+                with part_of(name) as result:
+                    result.update(_compare(judge, prompt, texts[EAGER], texts[name]))
+    others = [name for name in contenders if name != OURS]
+    best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
+    speedup = None
+    if OURS in contenders and best is not None:
+        speedup = _spread(_ratios(times, OURS, best))
+    return {
+        "contenders": found,
+        "bytes_per_step": per_step,
+        "limit_ms": None if limit_ms is None else round(limit_ms, 4),
+        "logits_error": _unless_full(lambda: judge.logits_errors(prompt[:1])),
+        "error_against": judge.against,
+        "best_other": best,
+        "speedup": speedup,
+    }
+
+
+def bytes_per_step(model: Any, place: dict[str, Any]) -> dict[str, int]:
+    """What a step has to read: weights, and keys and values, as many as there are on average.
+
+    Of embeddings, only a row for each text is read; tied ones are the last product's weight.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        tables.discard(id(head.weight))
+    weights = sum(w.nbytes for w in model.parameters() if id(w) not in tables)
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
+    cache = getattr(model(tokens, use_cache=True), CACHE)
+    states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    each = sum(state.nbytes for state in states) / tokens.numel()
+    length = place["prompt"] + place["new_tokens"] / 2
+    return {"weights": weights, "keys_and_values": round(place["batch"] * length * each)}
+
+
+def _prompt(model: Any, place: dict[str, Any]) -> Tensor:
+    """Random tokens (batch, length)."""
+    config = model.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    if place["prompt"] + place["new_tokens"] > positions:
+        raise ValueError(
+            f"{place['model']} has {positions} positions, too few for a prompt of "
+            f"{place['prompt']} and {place['new_tokens']} new tokens"
+        )
+    generator = torch.Generator().manual_seed(0)
+    shape = place["batch"], place["prompt"]
+    return torch.randint(0, config.vocab_size, shape, generator=generator).to(model.device)
+
+
+def _figures(
+    times: dict[str, list[tuple[float, float]]],
+    name: str,
+    place: dict[str, Any],
+    limit_ms: float | None,
+) -> dict[str, Any]:
+    new = place["new_tokens"]
+    tokens = place["batch"] * new
+    step_ms = statistics.median((whole - first) / (new - 1) for whole, first in times[name]) * 1e3
+    figures: dict[str, Any] = {
+        "tokens_per_second": _spread([tokens / whole for whole, _ in times[name]]),
+        "first_token_ms": round(statistics.median(first for _, first in times[name]) * 1e3, 4),
+        "token_ms": round(step_ms, 4),
+    }
+    if EAGER in times and name != EAGER:
+        figures["speedup_over_eager"] = _spread(_ratios(times, name, EAGER))
+    if limit_ms is not None:
+        figures["of_limit"] = round(limit_ms / step_ms, 4)
+    return figures
+
+
+def _ratios(times: dict[str, list[tuple[float, float]]], name: str, other: str) -> list[float]:
+    """How many times faster, round by round."""
+    pairs = zip(times[name], times[other], strict=True)
+    return [theirs / ours for (ours, _), (theirs, _) in pairs]
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {
+        "median": round(median, 4),
+        "quartiles": [round(low, 4), round(high, 4)],
+        "range": [round(min(values), 4), round(max(values), 4)],
+    }
+
+
+def _compare(
+    judge: Judge, prompt: Tensor, theirs: list[list[int]], ours: list[list[int]]
+) -> dict[str, Any]:
+    """Of each text the tokens until the first that differs, and what is known about that one."""
+    equal, differences = [], []
+    for row, (expected, found) in enumerate(zip(theirs, ours, strict=True)):
+        same = [a == b for a, b in zip(expected, found, strict=True)]
+        equal.append(same.index(False) if False in same else len(same))
+        if False in same:
+            position = same.index(False)
+            new = torch.tensor(expected[:position], dtype=torch.int64, device=prompt.device)
+            tokens = torch.cat([prompt[row], new])[None]
+            parting = judge.parting(tokens, expected[position], found[position])
+            differences.append({"text": row, "position": position, **parting})
+    return {"equal_tokens": equal, "differences": differences}
+
+
+def _unless_full(work: Callable[[], Any]) -> Any:
+    """What it returns; None where there is no memory for it."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _allocated(model: Any) -> int:
+    return torch.cuda.memory_allocated() if model.device.type == "cuda" else 0
+
+
+@contextmanager
+def _peak(model: Any) -> Iterator[list[int]]:
+    """The most bytes that were allocated meanwhile, in a list that is empty without a GPU."""
+    peak: list[int] = []
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    yield peak
+    if model.device.type == "cuda":
+        peak.append(torch.cuda.max_memory_allocated())
+
+
+def _free() -> None:
+    """Give back what nothing refers to. An error here is one after which no kernel runs."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+# --- showing ----------------------------------------------------------------------------------
+
+
+def tables(record: dict[str, Any]) -> Iterator[Table]:
+    """For a terminal of 100 columns, one for each cell."""
+    for cell in record["cells"]:
+        shown = Table(title=_title(cell), box=SIMPLE, padding=(0, 1, 0, 0))
+        shown.add_column("", no_wrap=True)
+        for name in cell["contenders"]:
+            shown.add_column(name.replace(" ", "\n", 1), justify="right", no_wrap=True)
+        columns = [_column(result) for result in cell["contenders"].values()]
+        for line in dict.fromkeys(itertools.chain(*columns)):
+            shown.add_row(line, *(column.get(line, "-") for column in columns))
+        yield shown
+
+
+def _title(cell: dict[str, Any]) -> str:
+    return (
+        f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}, "
+        f"{cell['prompt']} + {cell['new_tokens']} tokens"
+    )
+
+
+def _column(result: dict[str, Any]) -> dict[str, str]:
+    """What is known of one contender, by what it is."""
+    if "tokens_per_second" not in result:
+        return {"tokens/s": "failed"}
+    rate = result["tokens_per_second"]
+    least, most = rate["range"]
+    shown = {
+        "tokens/s": f"{_number(rate['median'])} ±{(most - least) / 2 / rate['median']:.0%}",
+        "times transformers eager": _ratio(result.get("speedup_over_eager")),
+        "first token, ms": _number(result["first_token_ms"]),
+        "a token, ms": _number(result["token_ms"]),
+    }
+    if "gap_ms" in result:
+        shown["gaps, ms, median and p99"] = " ".join(map(_number, result["gap_ms"].values()))
+    if "of_limit" in result:
+        shown["share of the limit"] = f"{result['of_limit']:.0%}"
+    if "launches_per_step" in result:
+        shown["kernels a step"] = f"{result['launches_per_step']:.0f}"
+    if "peak_memory" in result:
+        shown["peak memory, GiB"] = f"{result['peak_memory'] / 2**30:.2f}"
+    shown["first call, s"] = f"{result['first_call_s']:.2f}"
+    if "capture_s" in result:
+        shown["captures, s"] = f"{result['capture_s']:.2f}"
+    if "equal_tokens" in result:
+        equal = result["equal_tokens"]
+        shown["equal tokens, least and mean"] = f"{min(equal)} {statistics.mean(equal):.0f}"
+    return shown
+
+
+def _ratio(spread: dict[str, Any] | None) -> str:
+    """The median, and what half of the rounds lie between."""
+    if spread is None:
+        return "-"
+    low, high = spread["quartiles"]
+    return f"{spread['median']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def remarks(record: dict[str, Any]) -> list[str]:
+    """What failed and why, where texts part, and where ours ran without graphs."""
+    lines = []
+    for cell in record["cells"]:
+        for name, result in cell["contenders"].items():
+            where = f"{name}, {_title(cell)}"
+            if "failed" in result:
+                lines.append(f"failed: {where}: {result['failed']}")
+            if name == OURS and result.get("capture_s") == 0:
+                lines.append(f"not in CUDA graphs: {where}")
+            differences = result.get("differences")
+            if differences:
+                worst = max(differences, key=lambda each: each["margin"] - each["error"])
+                lines.append(
+                    f"texts part: {where}: {len(differences)} of {cell['batch']}; at most by a "
+                    f"margin of {worst['margin']:.2g}, where logits are off by up to "
+                    f"{worst['error']:.2g} (against {cell['error_against']})"
+                )
+    return lines
+
+
+def markdown(record: dict[str, Any], dtype: str) -> str:
+    """For a README: tokens per second of all contenders, and of ours what else is of interest."""
+    measured = [cell for cell in record["cells"] if cell["dtype"] == dtype]
+    names = [name for name in WAYS if any(name in cell["contenders"] for cell in measured)]
+    lines = [
+        ["model", "batch", "tokens", *names, "× the fastest other", "ms a token", "of the limit"]
+    ]
+    lines.append(["---"] * len(lines[0]))
+    for cell in measured:
+        results = cell["contenders"]
+        rates = [results.get(name, {}).get("tokens_per_second") for name in names]
+        ours = results.get(OURS, {})
+        share = ours.get("of_limit")
+        lines.append(
+            [
+                cell["model"],
+                str(cell["batch"]),
+                f"{cell['prompt']} + {cell['new_tokens']}",
+                *("-" if rate is None else _number(rate["median"]) for rate in rates),
+                _ratio(cell["speedup"]),
+                _number(ours["token_ms"]) if "token_ms" in ours else "-",
+                "-" if share is None else f"{share:.0%}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
+    """How many times faster than transformers' eager loop each contender is, per model."""
+    from matplotlib.figure import Figure
+
+    measured = [cell for cell in record["cells"] if cell["dtype"] == dtype]
+    models = list(dict.fromkeys(cell["model"] for cell in measured))
+    names = [name for name in WAYS if name != EAGER]
+    most = max(sum(cell["model"] == model for cell in measured) for model in models)
+    figure = Figure(figsize=(max(7, 1.2 * most), 2.8 * len(models)), layout="constrained")
+    axes = figure.subplots(len(models), 1, squeeze=False)[:, 0]
+    for model, axis in zip(models, axes, strict=True):
+        groups = [cell for cell in measured if cell["model"] == model]
+        for i, name in enumerate(names):
+            bars = [
+                (number + (i - 1) * 0.27, result["speedup_over_eager"]["median"])
+                for number, cell in enumerate(groups)
+                if "speedup_over_eager" in (result := cell["contenders"].get(name, {}))
+            ]
+            if bars:
+                axis.bar(*zip(*bars, strict=True), width=0.25, color=f"C{i}", label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        labels = [f"{c['batch']} × ({c['prompt']} + {c['new_tokens']})" for c in groups]
+        axis.set_xticks(range(len(groups)), labels, fontsize=7)
+        axis.set(title=model, ylabel="× transformers eager")
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"{record['device']}, {dtype}: generate(), texts × (prompt + new tokens)")
+    figure.savefig(path, dpi=130)
