@@ -107,8 +107,9 @@ def bench_generate(
 
     compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
     not compile, and they are left out. rounds: at least two. The rest is as for `bench_mlp`.
-    What fails, for lack of memory say, is recorded as failed. Without a GPU there is no peak
-    memory, no launches and no share of the limit.
+    What fails, for lack of memory say, is recorded as failed. The limit is what reading
+    `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
+    too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
     Raises ValueError for more tokens than a model has positions.
     """
     on_gpu = device.type == "cuda"
@@ -316,59 +317,64 @@ def _cell(
     for name, way in ways.items():
         found[name] = {}
         with part_of(name) as result:
-            contender = Contender(model, way)
+            contenders[name] = Contender(model, way)
             # What other contenders keep does not count, nor does a layout of weights twice.
-            others = _allocated(model) - alone
-            result["first_call_s"] = round(contender.seconds(prompt, new), 3)
-            contender.seconds(prompt, 1)
+            beside = _allocated(model) - alone
+            result["first_call_s"] = round(contenders[name].seconds(prompt, new), 3)
+            contenders[name].seconds(prompt, 1)
             with _peak(model) as peak:
-                texts[name] = contender.generate(prompt, new)
+                texts[name] = contenders[name].generate(prompt, new)
             if peak:
-                result["peak_memory"] = peak[0] - others
-            contenders[name], times[name] = contender, []
+                result["peak_memory"] = peak[0] - beside
+            times[name] = []
     for number in range(rounds):
         # Who goes first alternates, so that a steady drift favours no one.
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
             with part_of(name):
-                contender = contenders[name]
-                pair = contender.seconds(prompt, new), contender.seconds(prompt, 1)
-                times[name].append(pair)
-    for name, contender in list(contenders.items()):
+                whole, first = (contenders[name].seconds(prompt, tokens) for tokens in (new, 1))
+                times[name].append((whole, first))
+    for name in times:
+        found[name].update(_figures(times, name, place, limit_ms))
+    others = [name for name in times if name != OURS]
+    best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
+    speedup = None
+    if OURS in times and best is not None:
+        speedup = _spread(_ratios(times, OURS, best))
+    for name in list(contenders):
         with part_of(name) as result:
-            result.update(_figures(times, name, place, limit_ms))
-            gaps = contender.gaps(prompt, new)
-            result["gap_ms"] = {
-                "median": round(statistics.median(gaps) * 1e3, 4),
-                "p99": round(sorted(gaps)[math.ceil(0.99 * len(gaps)) - 1] * 1e3, 4),
-            }
-            if model.device.type == "cuda":
-                result["launches_per_step"] = contender.launches(prompt, new)
-            if name == OURS:
-                captures = captures_of(decoding.generating(contender.model))
-                result["capture_s"] = round(captures.seconds, 3)
-                result["graphs"] = str(captures)
+            result.update(_details(contenders[name], prompt, new))
     patched = next((contenders[n].model for n in (OURS_EAGER, OURS) if n in contenders), None)
     torch._dynamo.reset()
     judge = Judge(model, patched)
     if EAGER in contenders:
-        for name in list(contenders):
+        for name in contenders:
             if name != EAGER:
-                with part_of(name) as result:
-                    result.update(_compare(judge, prompt, texts[EAGER], texts[name]))
-    others = [name for name in contenders if name != OURS]
-    best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
-    speedup = None
-    if OURS in contenders and best is not None:
-        speedup = _spread(_ratios(times, OURS, best))
+                found[name].update(_compare(judge, prompt, texts[EAGER], texts[name]))
     return {
         "contenders": found,
         "bytes_per_step": per_step,
         "limit_ms": None if limit_ms is None else round(limit_ms, 4),
-        "logits_error": _unless_full(lambda: judge.logits_errors(prompt[:1])),
+        "logits_error": _unless_full(judge.logits_errors, prompt[:1]),
         "error_against": judge.against,
         "best_other": best,
         "speedup": speedup,
     }
+
+
+def _details(contender: Contender, prompt: Tensor, new: int) -> dict[str, Any]:
+    """What calls of their own tell, and the captures."""
+    gaps = sorted(contender.gaps(prompt, new))
+    p99 = gaps[math.ceil(0.99 * len(gaps)) - 1]
+    details: dict[str, Any] = {
+        "gap_ms": {"median": round(statistics.median(gaps) * 1e3, 4), "p99": round(p99 * 1e3, 4)}
+    }
+    if prompt.is_cuda:
+        details["launches_per_step"] = contender.launches(prompt, new)
+    if decoding.is_enabled(contender.model):
+        captures = captures_of(decoding.generating(contender.model))
+        details["capture_s"] = round(captures.seconds, 3)
+        details["graphs"] = str(captures)
+    return details
 
 
 def bytes_per_step(model: Any, place: dict[str, Any]) -> dict[str, int]:
@@ -451,15 +457,15 @@ def _compare(
             position = same.index(False)
             new = torch.tensor(expected[:position], dtype=torch.int64, device=prompt.device)
             tokens = torch.cat([prompt[row], new])[None]
-            parting = judge.parting(tokens, expected[position], found[position])
-            differences.append({"text": row, "position": position, **parting})
+            parting = _unless_full(judge.parting, tokens, expected[position], found[position])
+            differences.append({"text": row, "position": position, **(parting or {})})
     return {"equal_tokens": equal, "differences": differences}
 
 
-def _unless_full(work: Callable[[], Any]) -> Any:
+def _unless_full(work: Callable[..., Any], *args: Any) -> Any:
     """What it returns; None where there is no memory for it."""
     try:
-        return work()
+        return work(*args)
     except torch.OutOfMemoryError:
         return None
 
@@ -562,15 +568,22 @@ def remarks(record: dict[str, Any]) -> list[str]:
                 lines.append(f"failed: {where}: {result['failed']}")
             if name == OURS and result.get("capture_s") == 0:
                 lines.append(f"not in CUDA graphs: {where}")
-            differences = result.get("differences")
-            if differences:
-                worst = max(differences, key=lambda each: each["margin"] - each["error"])
-                lines.append(
-                    f"texts part: {where}: {len(differences)} of {cell['batch']}; at most by a "
-                    f"margin of {worst['margin']:.2g}, where logits are off by up to "
-                    f"{worst['error']:.2g} (against {cell['error_against']})"
-                )
+            if result.get("differences"):
+                lines.append(f"texts part: {where}: {_partings(cell, result['differences'])}")
     return lines
+
+
+def _partings(cell: dict[str, Any], differences: list[dict[str, Any]]) -> str:
+    """How many texts part, and where that is the least due to rounding."""
+    count = f"{len(differences)} of {cell['batch']}"
+    known = [each for each in differences if "margin" in each]
+    if not known:
+        return count
+    worst = max(known, key=lambda each: each["margin"] - each["error"])
+    return (
+        f"{count}; at most by a margin of {worst['margin']:.2g}, where logits are off by up to "
+        f"{worst['error']:.2g} (against {cell['error_against']})"
+    )
 
 
 def markdown(record: dict[str, Any], dtype: str) -> str:
