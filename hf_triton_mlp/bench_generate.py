@@ -110,6 +110,7 @@ def bench_generate(
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
+    A first call compiles what no contender before has, in the order of `WAYS`, and captures.
     Raises ValueError for more tokens than a model has positions.
     """
     on_gpu = device.type == "cuda"
