@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_triton_mlp.kernels import INTERPRETED, combine_attention_kernel, decode_attention_kernel
 from hf_triton_mlp.launchers import Launch, gpu, launch, on_device
@@ -128,8 +128,30 @@ def is_deferred(cache: Any) -> bool:
     return bool(layers) and cache is not None and id(cache.layers[0].keys) in layers
 
 
+def decode_mask(
+    *args: Any,
+    kv_length: int,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask (batch, 1, 1, capacity) for `attend`, which is causal by itself."""
+    causal = mask_function is causal_mask_function and local_size is None and not args
+    if causal and attention_mask is not None and attention_mask.shape[-1] == kv_length:
+        return attention_mask[:, None, None]
+    return sdpa_mask(
+        *args,
+        kv_length=kv_length,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        **kwargs,
+    )
+
+
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, decode_mask)
 
 
 def fusible(keys: Tensor, values: Tensor) -> bool:

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from hf_triton_mlp import attention
 from hf_triton_mlp.mlp import MLPConfig
+from hf_triton_mlp.step_ops import DTYPES, StepOperations, choose_greedily
 
 logger = logging.get_logger(__name__)
 
@@ -114,28 +114,6 @@ class DecodeCache(StaticCache):
         Cache.__init__(self, layers=[StaticLayer(capacity, length) for _ in range(layers)])
 
 
-class Constants(TorchFunctionMode):
-    """Tensors that a step makes of Python's numbers, made once: a capture cannot copy them.
-
-    BLOOM's and Falcon's ALiBi start from such a number.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._tensors: dict[Any, Tensor] = {}
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not torch.tensor:
-            return function(*args, **kwargs)
-        key = repr((args, sorted(kwargs.items())))
-        if key not in self._tensors:
-            self._tensors[key] = function(*args, **kwargs)
-        return self._tensors[key]
-
-
 class Step:
     """From the last token to the next logits, or the next token, on tensors that stay in place."""
 
@@ -154,7 +132,7 @@ class Step:
         #: 0 for padding; 1 also where there is no token yet, which the causal mask covers.
         self.mask = torch.ones((batch, capacity), dtype=torch.int64, device=device)
         self.cache: Any = DecodeCache(layers, capacity, self.length)
-        self.constants = Constants()
+        self.operations = StepOperations()
         self.logits = torch.empty(0)
         self.pad = torch.zeros((), dtype=torch.int64, device=device)
         self.ends = torch.zeros(shape.ends, dtype=torch.int64, device=device)
@@ -175,24 +153,34 @@ class Step:
         self._fuse(model)
 
     def _fuse(self, model: Any) -> None:
-        """Let the attention be ours, where it computes what transformers' does."""
-        if not all(attention.fusible(layer.keys, layer.values) for layer in self.cache.layers):
-            return
+        """Let linear layers, norms and the attention be ours, where they compute the same."""
 
-        def fused() -> Tensor:
+        def with_operations() -> Tensor:
+            self.operations.ours = True
+            self.run(model)
+            return self.logits
+
+        def with_attention() -> Tensor:
             self.fused = True
             self.run(model)
             return self.logits
 
-        try:
-            self._compare(model, fused)
-        except (attention.CannotFuse, ValueError) as reason:
-            self.fused = False
-            logger.warning_once(f"generate() keeps transformers' attention: {reason}")
+        if model.dtype in DTYPES:
+            try:
+                self._compare(model, with_operations)
+            except ValueError as reason:
+                self.operations.ours = False
+                logger.warning_once(f"generate() keeps PyTorch's linear layers: {reason}")
+        if all(attention.fusible(layer.keys, layer.values) for layer in self.cache.layers):
+            try:
+                self._compare(model, with_attention)
+            except (attention.CannotFuse, ValueError) as reason:
+                self.fused = False
+                logger.warning_once(f"generate() keeps transformers' attention: {reason}")
 
     def run(self, model: Any) -> None:
         """Take the step, launching its kernels one by one."""
-        with self.constants, attention.in_step(model, self.cache) if self.fused else nullcontext():
+        with self.operations, attention.in_step(model, self.cache) if self.fused else nullcontext():
             self._run(model)
 
     def _run(self, model: Any) -> None:
@@ -204,19 +192,22 @@ class Step:
         inputs = model.prepare_inputs_for_generation(
             self.token, next_sequence_length=1, attention_mask=self.mask, **arguments
         )
-        logits = model(**inputs, return_dict=True).logits
-        self.logits = logits[:, -1].to(dtype=torch.float32, copy=True)
-        self.length += 1
-        if self.positions is not None:
-            self.positions += 1
+        self.logits = model(**inputs, return_dict=True).logits[:, -1]
         if self.shape.greedy:
-            tokens = self.logits.argmax(dim=-1)
-            if self.shape.ends:
-                tokens = torch.where(self.unfinished, tokens, self.pad)
-                self.unfinished &= (tokens[:, None] != self.ends).all(dim=-1)
-            self.token.copy_(tokens[:, None])
-            self.report[0].copy_(tokens)
-            self.report[1].copy_(self.unfinished)
+            choose_greedily(
+                self.logits,
+                self.token,
+                self.ends,
+                self.pad,
+                self.unfinished,
+                self.report,
+                self.length,
+                self.positions,
+            )
+        else:
+            self.length += 1
+            if self.positions is not None:
+                self.positions += 1
 
     def __call__(self, model: Any) -> None:
         """Take the step: replayed, if it was captured."""
@@ -255,7 +246,7 @@ class Step:
         state += [] if self.positions is None else [self.positions]
         before = [tensor.clone() for tensor in state]
         self.run(model)
-        expected = self.logits
+        expected = self.logits.float()
         torch._foreach_copy_(state, before)  # pyright: ignore[reportPrivateImportUsage]
         error, size = (take() - expected).norm(), expected.norm()
         if not (error <= torch.finfo(model.dtype).eps ** 0.5 * size).item():

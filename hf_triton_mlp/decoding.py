@@ -33,7 +33,7 @@ from hf_triton_mlp.capture import (
     forget,
 )
 from hf_triton_mlp.mlp import StandIn, change_class, stand_in
-from hf_triton_mlp.reading import has_own_forward
+from hf_triton_mlp.reading import has_own_forward, store_by_input, store_by_output
 
 logger = logging.get_logger(__name__)
 
@@ -152,6 +152,8 @@ def enable(model: nn.Module) -> None:
     module = generating(model)
     if not isinstance(module, GraphDecoding):
         change_class(module, stand_in(GraphDecoding, type(module)))
+    names = [name for name, _ in module.named_modules()]
+    module.__dict__.setdefault("stored_by_output", []).extend(store_by_output(module, names))
 
 
 def is_enabled(model: nn.Module) -> bool:
@@ -170,6 +172,7 @@ def disable(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GraphDecoding):
             assert module.original_class is not None
+            store_by_input(module, module.__dict__.pop("stored_by_output"))
             change_class(module, module.original_class)
             forget(module)
 
@@ -431,7 +434,7 @@ class _Run:
                     self.record(step.logits)
                     self.send(step.report)
                 else:
-                    self.choose(step.logits.clone())
+                    self.choose(step.logits.to(torch.float32, copy=True))
                     step.token.copy_(self.input_ids[:, -1:])
                 over = self.is_over(length)
         if self.streamer is not None:
@@ -485,7 +488,7 @@ class _Run:
     def record(self, logits: Tensor) -> None:
         """Keep the logits of a step that chose the token itself, as raw logits and as scores."""
         kept = [recorded for recorded in (self.scores, self.logits) if recorded is not None]
-        logits = logits.clone() if kept else logits
+        logits = logits.to(torch.float32, copy=True) if kept else logits
         for recorded in kept:
             recorded.append(logits)
 

@@ -37,7 +37,8 @@ from hf_triton_mlp.reading import (
     read_norm,
     read_projection,
     split_packed,
-    stored_by_output,
+    store_by_input,
+    store_by_output,
 )
 
 Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
@@ -271,25 +272,18 @@ class TritonMLP(StandIn):
         norm_class: what computes config.norm; a norm of another class is called, never read.
         """
         names = [name for name in (up, gate, down) if name is not None]
-        rows = {name: stored_by_output(getattr(module, name)) for name in names}
+        stored = store_by_output(module, names)
         change_class(module, cls)
         assert isinstance(module, TritonMLP)
         module._configure(config, norm_class)
         module.projection_names, module.packed = (up, gate, down), packed
         module._adopted = {name: type(child) for name, child in module._modules.items()}
-        for name, weight in rows.items():
-            if weight is not None:
-                getattr(module, name).weight.data = weight
-                module._stored_by_output.append(name)
+        module._stored_by_output = stored
 
     def release(self) -> None:
         """Undo `adopt`."""
         assert self.original_class is not None
-        for name in self._stored_by_output:
-            weight = getattr(getattr(self, name), "weight", None)
-            if isinstance(weight, Tensor) and not weight.is_contiguous():
-                with torch.inference_mode(False):
-                    weight.data = weight.data.contiguous()
+        store_by_input(self, self._stored_by_output)
         for name in (
             "mlp_config",
             "norm_class",

@@ -1,5 +1,7 @@
 """A model's modules, read instead of called: which may be, and what they hold."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -88,15 +90,28 @@ def read_branch_norm(norm: nn.Module, cls: type[nn.Module], epsilon: float) -> T
     return weight if bias is None else None
 
 
-def stored_by_output(projection: nn.Module) -> Tensor | None:
-    """A copy of a Conv1D's weight (in, out) with strides (1, in); None where that is not wanted.
+def store_by_output(module: nn.Module, names: Iterable[str]) -> list[str]:
+    """Give the weights (in, out) of Conv1Ds strides (1, in); returns which of the names these are.
 
-    Not wanted: another layer, one that must be called, a weight that shares its memory.
+    Left as they are: other layers, those that must be called, weights that share their memory.
     """
-    if type(projection) is not Conv1D or read_projection(projection) is None:
-        return None
-    weight = projection.weight
-    if not weight.is_contiguous() or weight.untyped_storage().nbytes() != weight.nbytes:
-        return None
-    with torch.inference_mode(False):
-        return weight.data.t().contiguous().t()
+    stored = []
+    for name in names:
+        child = module.get_submodule(name)
+        if type(child) is not Conv1D or read_projection(child) is None:
+            continue
+        weight = child.weight
+        if weight.is_contiguous() and weight.untyped_storage().nbytes() == weight.nbytes:
+            with torch.inference_mode(False):
+                weight.data = weight.data.t().contiguous().t()
+            stored.append(name)
+    return stored
+
+
+def store_by_input(module: nn.Module, names: list[str]) -> None:
+    """Undo `store_by_output`."""
+    for name in names:
+        weight = getattr(module.get_submodule(name), "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_contiguous():
+            with torch.inference_mode(False):
+                weight.data = weight.data.contiguous()

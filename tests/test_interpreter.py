@@ -14,7 +14,9 @@ from hf_triton_mlp.kernels import INTERPRETED
 @pytest.mark.skipif(INTERPRETED, reason="this is the run that the interpreter test starts")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively on this machine")
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("file", ["test_ops.py", "test_mlp.py", "test_attention.py"])
+@pytest.mark.parametrize(
+    "file", ["test_ops.py", "test_mlp.py", "test_attention.py", "test_step_ops.py"]
+)
 def test_kernels_under_the_interpreter(file: str) -> None:
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-m", "not gpu",

@@ -4,6 +4,7 @@ import triton
 
 from hf_triton_mlp.kernels.attention import combine_attention_kernel, decode_attention_kernel
 from hf_triton_mlp.kernels.decode import decode_linear_kernel
+from hf_triton_mlp.kernels.greedy import greatest_logits_kernel, next_token_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
@@ -24,6 +25,8 @@ __all__ = [
     "combine_splits_kernel",
     "decode_attention_kernel",
     "decode_linear_kernel",
+    "greatest_logits_kernel",
+    "next_token_kernel",
     "norm_kernel",
     "norm_sum_kernel",
     "persistent_linear_kernel",
