@@ -4,7 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from hf_triton_mlp import attention
-from hf_triton_mlp.mlp import MLPConfig
+from hf_triton_mlp.fingerprint import fingerprint
 from hf_triton_mlp.step_ops import DTYPES, StepOperations, choose_greedily
 
 logger = logging.get_logger(__name__)
@@ -362,7 +362,7 @@ class Captures:
 
     def fit(self, model: nn.Module) -> bool:
         """Whether what is captured still is what the model computes."""
-        return self._fingerprint == _fingerprint(model)
+        return self._fingerprint == fingerprint(model)
 
     def step(self, model: Any, shape: StepShape, layers: int) -> Step:
         """The step of this shape, captured now if it was not yet."""
@@ -371,8 +371,10 @@ class Captures:
         step = self._steps.get(shape)
         if step is None:
             step = self._capture(model, shape, layers)
-            self._fingerprint = _fingerprint(model)  # the first call may have set numbers
-            self._steps[shape] = step
+            found = fingerprint(model)  # a first call may have set numbers
+            if found != self._fingerprint:
+                self._steps.clear()
+            self._fingerprint, self._steps[shape] = found, step
             while len(self._steps) > CAPTURES:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(shape)
@@ -427,35 +429,13 @@ def forget(model: nn.Module) -> None:
 def drop_stale(model: nn.Module) -> None:
     """Free what is captured of a model that was moved, cast or changed otherwise since."""
     captures = _CAPTURES.get(model)
-    if captures is not None and not captures.fit(model):
-        forget(model)
+    if captures is not None:
+        with as_decoding(model):
+            fits = captures.fit(model)
+        if not fits:
+            forget(model)
 
 
-def _fingerprint(model: nn.Module) -> list[Any]:
-    """What a capture has taken in: modules, the numbers they hold, where their tensors lie."""
-    found: list[Any] = [torch.get_float32_matmul_precision()]
-    for module in model.modules():
-        found.append(type(module))
-        for value in module.__dict__.values():
-            _add(value, found)
-    return found
-
-
-def _add(value: Any, found: list[Any]) -> None:
-    """Extend a fingerprint by an attribute of a module, as far as it consists of plain values."""
-    if isinstance(value, (bool, int, float, str, MLPConfig)):
-        found.append(value)
-    elif isinstance(value, Tensor):
-        flatten: Any = getattr(value, "__tensor_flatten__", None)
-        if flatten is not None:  # a subclass around other tensors, as quantized ones are
-            for name in flatten()[0]:
-                _add(getattr(value, name), found)
-        else:
-            found.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            found.append(key)
-            _add(item, found)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            _add(item, found)
+def as_decoding(model: Any) -> AbstractContextManager[Any]:
+    """transformers' context for steps, in which experts are computed as few tokens want it."""
+    return getattr(model, "_optimize_model_for_decode", nullcontext)()
