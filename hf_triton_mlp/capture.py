@@ -34,6 +34,9 @@ PROBES = 4
 #: Captures that a model keeps; the one that was not used for longest goes first.
 CAPTURES = 8
 
+#: The part of a GPU's memory that they may have; a capture that is larger goes after its call.
+SHARE = 1 / 8
+
 
 class CannotCapture(Exception):
     """Why transformers' own loop has to run."""
@@ -140,6 +143,8 @@ class Step:
         #: The next tokens, and which texts go on after them.
         self.report = torch.zeros((2, batch), dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        #: What capturing took: memory that the graphs of a pool did not have yet, and time.
+        self.graph_bytes = 0
         self.seconds = 0.0
         #: Whether the attention is ours, which writes the cache too.
         self.fused = False
@@ -230,7 +235,9 @@ class Step:
         # Other threads may go on to use the GPU meanwhile.
         mode = "thread_local"
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            reserved = torch.cuda.memory_reserved(device)
             self.run(model)
+            self.graph_bytes = torch.cuda.memory_reserved(device) - reserved
         logits = self.logits
 
         def replayed() -> Tensor:
@@ -324,8 +331,10 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Of the cache and of what else stays in place, without the graph's own memory."""
-        states = [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
-        return sum(tensor.nbytes for tensor in (*states, self.mask) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self._states(), self.mask))
+
+    def _states(self) -> list[Tensor]:
+        return [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
 
 
 class Captures:
@@ -337,6 +346,7 @@ class Captures:
         self._fingerprint: Any = None
         self._steps: OrderedDict[StepShape, Step] = OrderedDict()
         self._pool: Any = None
+        self._pool_bytes = 0
         self._ended: torch.cuda.Event | None = None
 
     @contextmanager
@@ -356,6 +366,7 @@ class Captures:
                 yield
             finally:
                 self._owner = None
+                self._trim(0, device)
                 if on_gpu:
                     self._ended = torch.cuda.Event()
                     self._ended.record()
@@ -370,15 +381,34 @@ class Captures:
             self._steps.clear()
         step = self._steps.get(shape)
         if step is None:
-            step = self._capture(model, shape, layers)
+            step = self._capture_with_room(model, shape, layers)
             found = fingerprint(model)  # a first call may have set numbers
             if found != self._fingerprint:
                 self._steps.clear()
             self._fingerprint, self._steps[shape] = found, step
-            while len(self._steps) > CAPTURES:
-                self._steps.popitem(last=False)
         self._steps.move_to_end(shape)
+        self._trim(1, model.device)
         return step
+
+    def _trim(self, least: int, device: torch.device) -> None:
+        """Keep as many captures as there is room for, or so many if there is not."""
+        while len(self._steps) > least and (
+            len(self._steps) > CAPTURES or self.nbytes > most_bytes(device)
+        ):
+            self._steps.popitem(last=False)
+
+    def _capture_with_room(self, model: Any, shape: StepShape, layers: int) -> Step:
+        """A captured step; those that are kept make room for it, if they must."""
+        if self._steps:
+            try:
+                return self._capture(model, shape, layers)
+            except torch.cuda.OutOfMemoryError:
+                self._steps.clear()
+        # Out here, where the error keeps no tensor of the first try alive.
+        try:
+            return self._capture(model, shape, layers)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CannotCapture(f"there is no memory for {shape}") from error
 
     def _capture(self, model: Any, shape: StepShape, layers: int) -> Step:
         started = time.perf_counter()
@@ -386,15 +416,21 @@ class Captures:
             step = Step(model, shape, layers)
             if model.device.type == "cuda":
                 if not self._steps:  # a pool ends with its last graph
-                    self._pool = torch.cuda.graph_pool_handle()
+                    self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
                 step.capture(model, self._pool)
-        except torch.cuda.OutOfMemoryError as error:
-            self._steps.clear()
-            raise CannotCapture(f"there is no memory for {shape}") from error
+                self._pool_bytes += step.graph_bytes
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             raise CannotCapture(f"a step cannot be captured: {error}") from error
         step.seconds = time.perf_counter() - started
         return step
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is captured, with the graphs' own memory, which they share."""
+        steps = list(self._steps.values())
+        return sum(step.nbytes for step in steps) + (self._pool_bytes if steps else 0)
 
     @property
     def seconds(self) -> float:
@@ -402,15 +438,24 @@ class Captures:
         return sum(step.seconds for step in self._steps.values())
 
     def __str__(self) -> str:
-        if not self._steps:
+        captured = list(self._steps.items())  # another thread may add to them
+        if not captured:
             return "CUDA graphs: none captured yet"
         lines = [
             f"batch {shape.batch}, {shape.capacity} tokens"
             f"{', greedy' if shape.greedy else ''}: {step.nbytes / 2**20:.1f} MiB of cache, "
             f"captured in {step.seconds:.2f} s"
-            for shape, step in self._steps.items()
+            for shape, step in captured
         ]
+        lines.append(f"the graphs' own memory: {self._pool_bytes / 2**20:.1f} MiB")
         return "CUDA graphs: " + "; ".join(lines)
+
+
+def most_bytes(device: torch.device) -> float:
+    """How much memory of a device a model's captures may have once a call is over."""
+    if device.type != "cuda":
+        return float("inf")
+    return SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 _CAPTURES: WeakKeyDictionary[nn.Module, Captures] = WeakKeyDictionary()

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
 
 
-@pytest.fixture(autouse=True)
-def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the log says; the loop is ours on the CPU too."""
-    said: list[str] = []
-    monkeypatch.setattr(decoding, "ON_CPU", True)
-    monkeypatch.setattr(decoding, "_say", said.append)
-    yield said
+pytestmark = pytest.mark.usefixtures("reasons")
 
 
 def text_model(family: str = "gpt2", device: str = "cpu", **changes: Any) -> Any:
