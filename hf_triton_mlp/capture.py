@@ -146,6 +146,8 @@ class Step:
         #: What capturing took: memory that the graphs of a pool did not have yet, and time.
         self.graph_bytes = 0
         self.seconds = 0.0
+        #: The stream whose memory it has.
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         #: Whether the attention is ours, which writes the cache too.
         self.fused = False
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -234,10 +236,14 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on to use the GPU meanwhile.
         mode = "thread_local"
+        # cuBLAS keeps a workspace for each stream. The graph gets its own, in its own memory, so
+        # that graphs of other models may run at the same time.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
             reserved = torch.cuda.memory_reserved(device)
             self.run(model)
             self.graph_bytes = torch.cuda.memory_reserved(device) - reserved
+        torch._C._cuda_clearCublasWorkspaces()
         logits = self.logits
 
         def replayed() -> Tensor:
@@ -306,6 +312,7 @@ class Step:
 
         A number that is not finite would pass through the mask: its weight is 0, not its product.
         """
+        self._keep_for_this_stream()
         self.length.fill_(length)
         places, sources, rest = [], [], []
         for layer, pair in zip(self.cache.layers, states, strict=True):
@@ -317,6 +324,14 @@ class Step:
                 rest += [own[:, :, :start], own[:, :, length:]]
         torch._foreach_copy_(places, sources)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_zero_([part for part in rest if part.numel()])  # pyright: ignore[reportPrivateImportUsage]
+
+    def _keep_for_this_stream(self) -> None:
+        """Once it is dropped, let its memory wait for what another stream still does with it."""
+        stream = None if self.stream is None else torch.cuda.current_stream(self.stream.device)
+        if stream is not None and stream != self.stream:
+            for value in (*vars(self).values(), *self._states()):
+                if isinstance(value, Tensor):
+                    value.record_stream(stream)
 
     def give_back(self, cache: Any, length: int) -> None:
         """Let `cache`, of the kind that was loaded, end after `length` tokens."""
