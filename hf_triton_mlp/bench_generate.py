@@ -427,7 +427,7 @@ def _figures(
     if EAGER in times and name != EAGER:
         figures["speedup_over_eager"] = _spread(_ratios(times, name, EAGER))
     if limit_ms is not None:
-        figures["of_limit"] = round(limit_ms / step_ms, 4)
+        figures["of_limit"] = round(limit_ms / step_ms, 6)
     return figures
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_triton_mlp.attention import attend, is_deferred
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
 
@@ -38,9 +39,12 @@ class FusedOPTDecoderLayer(FusedLayer):
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
         x = hidden_states
-        attention, _ = self.self_attn(
-            hidden_states=self.self_attn_layer_norm(x) if before else x, **named
-        )
+        normed = self.self_attn_layer_norm(x) if before else x
+        cache = named.get("cache", named.get("past_key_values"))
+        if is_deferred(cache):
+            attention = self.attend(normed, cache, named["attention_mask"])
+        else:
+            attention, _ = self.self_attn(hidden_states=normed, **named)
         if encoded is not None:
             x = x + attention if before else self.self_attn_layer_norm(x + attention)
             attention, _ = self.encoder_attn(
@@ -50,6 +54,17 @@ class FusedOPTDecoderLayer(FusedLayer):
             )
         output = rest(attention, x)
         return output if before else self.final_layer_norm(output)
+
+    def attend(self, normed: Tensor, cache: Any, mask: Tensor) -> Tensor:
+        """OPTAttention for one token in a captured step, which scales scores instead of queries."""
+        module = self.self_attn
+        query, key, value = (
+            projection(normed).unflatten(-1, (module.num_heads, -1)).transpose(1, 2)
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        key, value = cache.update(key, value, module.layer_idx)
+        heads, _ = attend(module, query, key, value, mask, scaling=module.scaling)
+        return module.out_proj(heads.flatten(2))
 
 
 SPECS = (
