@@ -125,8 +125,9 @@ class GraphDecoding(StandIn):
 def graph_decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     """Decode with CUDA graphs: `model.generate(..., custom_generate=graph_decode)`.
 
-    The model need not be patched. transformers hands no streamer to a custom_generate; with
-    `patch_model(model, cuda_graphs=True)` there is no such limit, and nothing to pass.
+    The model need not be patched. transformers hands neither a streamer nor a tokenizer, which
+    stop_strings need, to a custom_generate; with `patch_model(model, cuda_graphs=True)` there is no
+    such limit, and nothing to pass.
     Raises ValueError for a generation mode that transformers keeps outside its package.
     """
     mode = arguments["generation_config"].get_generation_mode()
@@ -223,7 +224,9 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
         not in ATTENTION,
         "the model is in training mode": any(module.training for module in modules),
         "autocast is on": torch.is_autocast_enabled(model.device.type),
-        "modules of the model have hooks, or forwards of their own": _has_hooks(modules),
+        "modules of the model have hooks, or forwards of their own, or are compiled": _has_hooks(
+            modules
+        ),
         "attentions or hidden states are asked for": config.output_attentions
         or config.output_hidden_states,
         "it drafts for another model": config.is_assistant,
@@ -248,6 +251,7 @@ def _has_hooks(modules: list[nn.Module]) -> bool:
     return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
         module._forward_pre_hooks
         or has_own_forward(module)
+        or module._compiled_call_impl is not None
         or (module._forward_hooks and not _all_record(module._forward_hooks.values()))
         for module in modules
     )
