@@ -89,12 +89,14 @@ def attend(
     dropout: float = 0.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for one token: query (batch, heads, 1, D), within a step.
 
     key and value are those that the cache's `update` gave; bias (batch * heads, 1, capacity) joins
-    the scores. Returns (batch, 1, heads, D).
+    the scores; by the rotation, cos and sin (batch, 1, D), queries and new keys are rotated as
+    Llama's are. Returns (batch, 1, heads, D).
     """
     layer = getattr(_state, "layers", {}).get(id(key))
     given = [name for name, value in arguments.items() if value is not None]
@@ -116,6 +118,7 @@ def attend(
         layer.length,
         attention_mask[:, 0, 0],
         None if bias is None else bias[:, 0],
+        None if rotation is None else (rotation[0][:, 0], rotation[1][:, 0]),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
     )
@@ -173,6 +176,7 @@ def decode_attention(
     length: Tensor,
     mask: Tensor,
     bias: Tensor | None = None,
+    rotation: tuple[Tensor, Tensor] | None = None,
     *,
     scale: float,
     softcap: float | None = None,
@@ -182,17 +186,22 @@ def decode_attention(
     q: (batch, heads, D); k, v: (batch, heads of keys, D); keys, values: (batch, heads of keys,
     capacity, D), contiguous, with `length` (one int64) rows before the new ones; mask: (batch,
     capacity), True where a row is visible, which the new one must be; bias: (batch * heads,
-    capacity). Given softcap, scores s become softcap * tanh(s / softcap) before the bias. Returns
-    (batch, heads, D), computed in float32.
+    capacity); rotation: cos and sin (batch or 1, D), by which q and k are rotated first, x becoming
+    x * cos + rotate_half(x) * sin as Llama's do. Given softcap, scores s become
+    softcap * tanh(s / softcap) before the bias. Returns (batch, heads, D), computed in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
+    if rotation is not None:
+        cos, sin = (x.expand(q.shape[0], -1) for x in rotation)
+        same = cos.stride() == sin.stride() and cos.stride(1) == 1
+        rotation = (cos, sin) if same else (cos.contiguous(), sin.contiguous())
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     pdl = gpu(q.device.index)[1] >= PDL_CAPABILITY
     with on_device(q):
         for call in attention_launches(
-            q, k, v, keys, values, length, mask, bias, scale, softcap, out, pdl
+            q, k, v, keys, values, length, mask, bias, rotation, scale, softcap, out, pdl
         ):
             launch(call)
     return out
@@ -207,6 +216,7 @@ def attention_launches(
     length: Tensor,
     mask: Tensor,
     bias: Tensor | None,
+    rotation: tuple[Tensor, Tensor] | None,
     scale: float,
     softcap: float | None,
     out: Tensor,
@@ -222,12 +232,13 @@ def attention_launches(
         parts = torch.empty(
             (chunks, batch, heads, block_d + 2), dtype=torch.float32, device=q.device
         )
+    cos, sin = rotation or (None, None)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     calls = [
         Launch(
             decode_attention_kernel,
             (heads, batch, chunks),
-            (q, k, v, keys, values, length, mask, bias, out, parts),
+            (q, k, v, keys, values, length, mask, bias, cos, sin, out, parts),
             (
                 D,
                 capacity,
@@ -235,6 +246,7 @@ def attention_launches(
                 *strides,
                 mask.stride(0),
                 0 if bias is None else bias.stride(0),
+                0 if cos is None else cos.stride(0),
                 scale,
                 softcap or 0.0,
             ),

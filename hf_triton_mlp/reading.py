@@ -1,6 +1,8 @@
 """A model's modules, read instead of called: which may be, and what they hold."""
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,22 @@ def has_own_forward(module: nn.Module) -> bool:
     """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def computes_the_same(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether the bodies of two functions are the same, under decorators and but for docstrings.
+
+    What their globals are is not compared.
+    """
+
+    def body(of: Any) -> Any:
+        code = inspect.unwrap(of).__code__
+        document = inspect.unwrap(of).__doc__
+        constants = tuple(each for each in code.co_consts if each is not document)
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        return code.co_code, code.co_names, constants, names
+
+    return body(function) == body(other)
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:

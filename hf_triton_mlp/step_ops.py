@@ -4,6 +4,7 @@ Linear layers and norms of few rows, wherever the model has them: PyTorch's func
 intercepted while the step runs. And the next token.
 """
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +26,20 @@ from hf_triton_mlp.launchers import (
     rows,
 )
 from hf_triton_mlp.ops import kernels_apply, needs_grad
+from hf_triton_mlp.reading import read_epsilon, read_norm
 from hf_triton_mlp.tuning import DECODE_ROWS, PDL_CAPABILITY
 
 #: Float32 is left to PyTorch: no text then depends on whether it was made in captured steps.
 DTYPES = (torch.float16, torch.bfloat16)
 
+#: Rows that are normalized by our kernel: one of each head, say.
+MOST_NORMS = 2048
+
 #: Logits that one program looks through.
 BLOCK = 2048
+
+
+_state = threading.local()
 
 
 class StepOperations(TorchFunctionMode):
@@ -45,6 +53,14 @@ class StepOperations(TorchFunctionMode):
         super().__init__()
         self.ours = False
         self._constants: dict[str, Tensor] = {}
+
+    def __enter__(self) -> "StepOperations":
+        _state.ours = self.ours
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        _state.ours = False
+        super().__exit__(*raised)
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -60,7 +76,23 @@ class StepOperations(TorchFunctionMode):
         return function(*args, **kwargs) if found is None else found
 
 
-def _applies(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def normed(norm: nn.Module, input: Tensor, kind: str | None, cls: type[nn.Module]) -> Tensor:
+    """norm(input); by our kernel in a captured step, where `norm` is a plain one of this class.
+
+    kind: what the class computes, as in MLPConfig. PyTorch's own classes need no call of this.
+    """
+    epsilon = read_epsilon(norm)
+    if getattr(_state, "ours", False) and kind is not None and epsilon is not None:
+        read = read_norm(norm, cls, epsilon)
+        found = None if read is None else _norm(kind, input, input.shape[-1:], *read, epsilon)
+        if found is not None:
+            return found
+    return norm(input)
+
+
+def _applies(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, most: int = DECODE_ROWS
+) -> bool:
     """Whether there are few rows of 16 bits, and parameters of that type in one piece."""
     return (
         all(type(t) in (Tensor, nn.Parameter, type(None)) for t in (input, weight, bias))
@@ -68,7 +100,7 @@ def _applies(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         and input.dtype in DTYPES
         and all(t is None or t.dtype == input.dtype for t in (weight, bias))
         and (bias is None or bias.is_contiguous())
-        and 0 < input.numel() // input.shape[-1] <= DECODE_ROWS
+        and 0 < input.numel() // input.shape[-1] <= most
         and not needs_grad(input, weight, bias)
     )
 
@@ -118,7 +150,7 @@ def _norm(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor | None:
-    if tuple(normalized_shape) != input.shape[-1:] or not _applies(input, weight, bias):
+    if tuple(normalized_shape) != input.shape[-1:] or not _applies(input, weight, bias, MOST_NORMS):
         return None
     if weight is not None and not weight.is_contiguous():
         return None

@@ -1,12 +1,18 @@
 """Llama, and the families whose decoder layers or MLPs are Llama's under other names."""
 
+import functools
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from hf_triton_mlp.attention import attend, is_deferred
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
+from hf_triton_mlp.reading import computes_the_same
+from hf_triton_mlp.step_ops import normed
 
 
 class FusedLlamaDecoderLayer(FusedLayer):
@@ -34,14 +40,41 @@ class FusedLlamaDecoderLayer(FusedLayer):
         rest = self.rest(hidden_states)
         if rest is None:
             return super().forward(hidden_states, *args, **kwargs)
-        attention, _ = self.self_attn(
-            hidden_states=self.normed(hidden_states), **self.named(args, kwargs)
-        )
+        named = self.named(args, kwargs)
+        normed = self.normed(hidden_states)
+        cache = named.get("cache", named.get("past_key_values"))
+        if is_deferred(cache) and _is_llamas(type(self.self_attn)):
+            step = cache, named["attention_mask"], named["position_embeddings"]
+            return rest(self.attend(normed, *step), hidden_states)
+        attention, _ = self.self_attn(hidden_states=normed, **named)
         return rest(attention, hidden_states)
 
     def normed(self, hidden_states: Tensor) -> Tensor:
         """What the attention takes."""
-        return self.input_layernorm(hidden_states)
+        return self.norm(self.input_layernorm, hidden_states)
+
+    def norm(self, module: Any, states: Tensor) -> Tensor:
+        """module(states), an RMSNorm of the family."""
+        config = self.mlp.mlp_config
+        return normed(module, states, config.norm or config.branch_norm, self.mlp.norm_class)
+
+    def attend(
+        self, normed: Tensor, cache: Any, mask: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """LlamaAttention for one token in a captured step, where the kernel rotates it."""
+        module = self.self_attn
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, module.head_dim))
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        if _norms_heads(type(module)):
+            query = self.norm(module.q_norm, query)
+            key = self.norm(module.k_norm, key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        key, value = cache.update(key, value, module.layer_idx)
+        scaling = module.scaling
+        heads, _ = attend(module, query, key, value, mask, scaling=scaling, rotation=rotation)
+        return module.o_proj(heads.flatten(2))
 
 
 class FusedVaultGemmaDecoderLayer(FusedLlamaDecoderLayer):
@@ -59,6 +92,33 @@ class FusedGraniteDecoderLayer(FusedLlamaDecoderLayer):
         if self.residual_multiplier != self.mlp.mlp_config.branch_scale:  # changed since the patch
             return None
         return super().rest(hidden_states)
+
+
+@functools.cache
+def _is_llamas(attention: type[Any]) -> bool:
+    """Whether an attention computes what Llama's does, but for windows, which are the mask's."""
+    llama, mistral, qwen2 = (
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+        for name in ("llama", "mistral", "qwen2")
+    )
+    module = sys.modules[attention.__module__]
+    return all(
+        hasattr(module, name) and computes_the_same(getattr(module, name), getattr(llama, name))
+        for name in ("rotate_half", "apply_rotary_pos_emb")
+    ) and (
+        any(
+            computes_the_same(attention.forward, theirs.forward)
+            for theirs in (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention)
+        )
+        or _norms_heads(attention)
+    )
+
+
+@functools.cache
+def _norms_heads(attention: type[Any]) -> bool:
+    """Whether it is as Qwen3's, which normalizes queries and keys before it rotates them."""
+    qwen3 = importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+    return computes_the_same(attention.forward, qwen3.Qwen3Attention.forward)
 
 
 #: Families with Llama's layer, MLP and RMSNorm: (family, layer, MLP, norm).

@@ -8,6 +8,7 @@ import tiny_models as tiny
 import torch
 from test_compile import CUOBJDUMP, SHARED, check_compiles
 from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hf_triton_mlp import attention, decoding, graph_decode, patch_model
 from hf_triton_mlp.attention import attention_launches, decode_attention
@@ -29,11 +30,23 @@ SHAPES = [
 ]
 
 
+def rotated(
+    q: Tensor, k: Tensor, rotation: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    cos, sin = (x.to(dtype) for x in rotation)
+    q, k = (x.to(dtype)[:, :, None] for x in (q, k))
+    q, k = apply_rotary_pos_emb(q, k, cos[:, None], sin[:, None])
+    return q[:, :, 0], k[:, :, 0]
+
+
 def reference(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, length: int, mask: Tensor,
-    bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype,
+    bias: Tensor | None, rotation: tuple[Tensor, Tensor] | None, scale: float,
+    softcap: float | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The formula in PyTorch, in `dtype`, with the softmax at least in float32."""
+    if rotation is not None:
+        q, k = rotated(q, k, rotation, dtype)
     group, rows = q.shape[1] // k.shape[1], slice(0, length + 1)
     keys, values = (
         torch.cat([x[:, :, :length], new[:, :, None]], 2).to(dtype).repeat_interleave(group, 1)
@@ -52,7 +65,7 @@ def reference(
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("extra", ["", "softcap", "bias"])
+@pytest.mark.parametrize("extra", ["", "softcap", "bias", "rotation"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode_attention(
     shape: tuple[int, ...], extra: str, dtype: torch.dtype, device: str,
@@ -72,20 +85,30 @@ def test_decode_attention(
     mask = torch.rand((batch, capacity), generator=generator).to(device) > 0.3
     mask[:, length], mask[:, length + 1 :] = True, False
     bias = random(batch * heads, capacity) if extra == "bias" else None
+    rotation = None
+    if extra == "rotation":
+        angles = torch.rand(batch, D // 2, generator=generator).repeat(1, 2) * 6
+        rotation = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
     options = {"scale": 0.3, "softcap": 2.0 if extra == "softcap" else None}
-    rest = (q, k, v, keys.clone(), values.clone(), length, mask, bias, *options.values())
+    rest: tuple[Any, ...] = (q, k, v, keys.clone(), values.clone(), length, mask, bias, rotation)
+    rest += tuple(options.values())
     exact, own = reference(*rest, torch.float64), reference(*rest, dtype)
     place = torch.tensor(length, device=device)
-    found = decode_attention(q, k, v, keys, values, place, mask, bias, **options)
+    found = decode_attention(q, k, v, keys, values, place, mask, bias, rotation, **options)
     tiny.assert_as_accurate(found, own, exact)
-    assert torch.equal(keys[:, :, length], k) and torch.equal(values[:, :, length], v)
+    if rotation is None:
+        assert torch.equal(keys[:, :, length], k)
+    else:
+        exact, own = (rotated(q, k, rotation, each)[1] for each in (torch.float64, dtype))
+        tiny.assert_as_accurate(keys[:, :, length], own, exact)
+    assert torch.equal(values[:, :, length], v)
     assert keys[:, :, length + 1 :].isnan().all()
-    again = decode_attention(q, k, v, keys, values, place, mask, bias, **options)
+    again = decode_attention(q, k, v, keys, values, place, mask, bias, rotation, **options)
     assert torch.equal(again, found)
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "llama", "qwen3"])
 def test_steps_attend_in_it(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "ON_CPU", True)
     model: Any = tiny.build(family).to(device)
@@ -140,8 +163,9 @@ def test_it_compiles(
 
     k, keys = empty(1, key_heads, D), empty(1, key_heads, capacity, D)
     length, mask = empty(dtype=torch.int64), empty(1, capacity, dtype=torch.bool)
-    for bias, softcap in ((None, None), (empty(heads, capacity), 30.0)):
-        tensors = (empty(1, heads, D), k, k, keys, keys, length, mask, bias)
+    rotation = empty(1, D), empty(1, D)
+    for bias, turned, softcap in ((None, rotation, None), (empty(heads, capacity), None, 30.0)):
+        tensors = (empty(1, heads, D), k, k, keys, keys, length, mask, bias, turned)
         pdl = capability >= (9, 0)
         for call in attention_launches(*tensors, 0.1, softcap, empty(1, heads, D), pdl):
             check_compiles(call, capability, tmp_path)

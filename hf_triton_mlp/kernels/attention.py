@@ -2,12 +2,22 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_triton_mlp.kernels.activations import sigmoid
+from hf_triton_mlp.kernels.activations import INTERPRETED, sigmoid
 from hf_triton_mlp.kernels.widen import widen
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x, PRECISE: tl.constexpr):
+    """exp(x); PRECISE for float32 results, where the instruction for 2^x is not enough."""
+    if PRECISE and not INTERPRETED:
+        return libdevice.exp(x)
+    else:
+        return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
@@ -21,6 +31,17 @@ def load_states(keys_ptr, values_ptr, offs_n, offs_d, seen, D):
 
 
 @triton.jit
+def load_rotated(ptr, cos, sin, offs_d, D):
+    """x * cos + rotate_half(x) * sin of one head in float32, where rotate_half is Llama's."""
+    mask_d = offs_d < D
+    half = D // 2
+    x = widen(tl.load(ptr + offs_d, mask=mask_d, other=0.0))
+    first = offs_d < half
+    turned = widen(tl.load(ptr + tl.where(first, offs_d + half, offs_d - half), mask=mask_d))
+    return x * cos + tl.where(first, -turned, turned) * sin
+
+
+@triton.jit
 def decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -30,6 +51,8 @@ def decode_attention_kernel(
     length_ptr,
     mask_ptr,
     bias_ptr,
+    cos_ptr,
+    sin_ptr,
     out_ptr,
     parts_ptr,
     D,
@@ -43,6 +66,7 @@ def decode_attention_kernel(
     stride_vh,
     stride_mask,
     stride_bias,
+    stride_cos,
     scale,
     softcap,
     CAPPED: tl.constexpr,
@@ -55,9 +79,9 @@ def decode_attention_kernel(
 
     q: (batch, heads, D); k, v: (batch, heads / group, D), strides over batch and heads; keys,
     values: (batch, heads / group, capacity, D), contiguous, where k and v are written to; length:
-    one int64; mask: (batch, capacity) booleans; bias: (batch * heads, capacity) or None; out:
-    (batch, heads, D), contiguous. CAPPED: scores s become softcap * tanh(s / softcap) before the
-    bias.
+    one int64; mask: (batch, capacity) booleans; bias: (batch * heads, capacity) or None; cos, sin:
+    (batch, D) or None, by which q and k are rotated first; out: (batch, heads, D), contiguous.
+    CAPPED: scores s become softcap * tanh(s / softcap) before the bias.
     Program (head, text, chunk of CHUNK rows). Given parts (chunks, batch, heads, BLOCK_D + 2) in
     float32, it writes its weighted sum there, the total of its weights, and the greatest score.
     """
@@ -71,6 +95,7 @@ def decode_attention_kernel(
     mask_ptr += text.to(tl.int64) * stride_mask
     if bias_ptr is not None:
         bias_ptr += row.to(tl.int64) * stride_bias
+    PRECISE: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     first = chunk * CHUNK
@@ -82,8 +107,16 @@ def decode_attention_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    q = widen(tl.load(q_ptr + text * stride_qb + head * stride_qh + offs_d, mask=mask_d, other=0.0))
-    k = tl.load(k_ptr + text * stride_kb + state_head * stride_kh + offs_d, mask=mask_d, other=0.0)
+    q_ptr += text * stride_qb + head * stride_qh
+    k_ptr += text * stride_kb + state_head * stride_kh
+    if cos_ptr is not None:
+        cos = widen(tl.load(cos_ptr + text * stride_cos + offs_d, mask=mask_d, other=0.0))
+        sin = widen(tl.load(sin_ptr + text * stride_cos + offs_d, mask=mask_d, other=0.0))
+        q = load_rotated(q_ptr, cos, sin, offs_d, D)
+        k = load_rotated(k_ptr, cos, sin, offs_d, D).to(keys_ptr.dtype.element_ty)
+    else:
+        q = widen(tl.load(q_ptr + offs_d, mask=mask_d, other=0.0))
+        k = tl.load(k_ptr + offs_d, mask=mask_d, other=0.0)
     v = tl.load(v_ptr + text * stride_vb + state_head * stride_vh + offs_d, mask=mask_d, other=0.0)
     if head % group == 0 and first <= length and length < first + CHUNK:
         tl.store(keys_ptr + length.to(tl.int64) * D + offs_d, k, mask=mask_d)
@@ -112,9 +145,8 @@ def decode_attention_kernel(
         greatest = tl.maximum(greatest, tl.max(scores, axis=0))
         # All of them invisible so far: any finite number in place of -inf gives weights of 0.
         origin = tl.where(greatest == float("-inf"), 0.0, greatest)
-        # The difference first: it is small, and exact, where the weight is large.
-        weights = tl.exp2((scores - origin) * LOG2_E)
-        kept = tl.exp2((before - origin) * LOG2_E)
+        weights = exp(scores - origin, PRECISE)
+        kept = exp(before - origin, PRECISE)
         total = total * kept + tl.sum(weights, axis=0)
         sums = sums * kept + tl.sum(weights[:, None] * widen(values), axis=0)
         keys, values = next_keys, next_values
@@ -156,6 +188,6 @@ def combine_attention_kernel(
     totals = tl.load(parts + BLOCK_D, mask=mask_c, other=0.0)
     greatest = tl.load(parts + BLOCK_D + 1, mask=mask_c, other=float("-inf"))
     # The chunk with the new token has a finite score.
-    weights = tl.exp2((greatest - tl.max(greatest, axis=0)) * LOG2_E)
+    weights = exp(greatest - tl.max(greatest, axis=0), True)
     out = tl.sum(sums * weights[:, None], axis=0) / tl.sum(totals * weights, axis=0)
     tl.store(out_ptr + row * D + offs_d, out.to(out_ptr.dtype.element_ty), mask=offs_d < D)
