@@ -249,7 +249,9 @@ def test_adapters_merged_and_not(patches: bool, device: str, reasons: list[str])
         patch_model(model)
     plain = assert_same(model, inputs, reasons)
     torch.manual_seed(0)
-    lora = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], init_lora_weights=False)
+    lora = peft.LoraConfig(
+        r=4, target_modules=["c_attn", "c_fc"], init_lora_weights=False, fan_in_fan_out=True
+    )
     adapted = peft.get_peft_model(model, lora).eval()
     texts = [assert_same(adapted, inputs, reasons)]
     with adapted.disable_adapter():
@@ -261,6 +263,18 @@ def test_adapters_merged_and_not(patches: bool, device: str, reasons: list[str])
     texts.append(assert_same(adapted.merge_and_unload(), inputs, reasons))
     assert not torch.equal(texts[0], plain)
     assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+def test_layers_removed_before_unpatching(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    cls = type(model)
+    patch_model(model, cuda_graphs=True)
+    generate(model, inputs, ours=False)
+    del model.transformer.h[2]
+    model.config.n_layer = 2
+    found = generate(model, inputs, ours=False)
+    unpatch_model(model)
+    assert type(model) is cls and torch.equal(assert_same(model, inputs, reasons), found)
 
 
 def test_copies_have_captures_of_their_own(device: str, reasons: list[str]) -> None:
