@@ -43,7 +43,7 @@ def fingerprint(model: nn.Module) -> list[Any]:
     other objects than configs and dataclasses, no attributes are looked at. It keeps neither
     tensors nor modules alive.
     """
-    found: list[Any] = [torch.get_float32_matmul_precision()]
+    found: list[Any] = [torch.get_float32_matmul_precision(), torch.get_default_dtype()]
     seen: set[int] = set()
     for module in modules_of(model):
         cls, state = type(module), module.__dict__
