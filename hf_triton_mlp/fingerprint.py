@@ -91,10 +91,10 @@ def _add(value: Any, found: list[Any], seen: set[int]) -> None:
         seen.add(id(value))
         found.append(id(value))
         _add(getattr(value, "__dict__", {}), found, seen)
-    elif issubclass(cls, (Number, str, bytes, Enum)):  # NumPy's numbers too
-        found.append(value)
     elif callable(value) and not issubclass(cls, nn.Module):
         try:
             found.append(weakref.ref(value))
         except TypeError:
             found.append(id(value))
+    elif issubclass(cls, (Number, str, bytes, Enum)):  # NumPy's numbers too
+        found.append(value)
