@@ -4,7 +4,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from hf_triton_mlp import attention
-from hf_triton_mlp.mlp import MLPConfig
+from hf_triton_mlp.fingerprint import fingerprint
 from hf_triton_mlp.step_ops import DTYPES, StepOperations, choose_greedily
 
 logger = logging.get_logger(__name__)
@@ -33,6 +33,9 @@ PROBES = 4
 
 #: Captures that a model keeps; the one that was not used for longest goes first.
 CAPTURES = 8
+
+#: The part of a GPU's memory that they may have; a capture that is larger goes after its call.
+SHARE = 1 / 8
 
 
 class CannotCapture(Exception):
@@ -140,7 +143,11 @@ class Step:
         #: The next tokens, and which texts go on after them.
         self.report = torch.zeros((2, batch), dtype=torch.int64, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        #: What capturing took: memory that the graphs of a pool did not have yet, and time.
+        self.graph_bytes = 0
         self.seconds = 0.0
+        #: The stream whose memory it has.
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         #: Whether the attention is ours, which writes the cache too.
         self.fused = False
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -229,8 +236,14 @@ class Step:
         graph = torch.cuda.CUDAGraph()
         # Other threads may go on to use the GPU meanwhile.
         mode = "thread_local"
+        # cuBLAS keeps a workspace for each stream. The graph gets its own, in its own memory, so
+        # that graphs of other models may run at the same time.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+            reserved = torch.cuda.memory_reserved(device)
             self.run(model)
+            self.graph_bytes = torch.cuda.memory_reserved(device) - reserved
+        torch._C._cuda_clearCublasWorkspaces()
         logits = self.logits
 
         def replayed() -> Tensor:
@@ -299,6 +312,7 @@ class Step:
 
         A number that is not finite would pass through the mask: its weight is 0, not its product.
         """
+        self._keep_for_this_stream()
         self.length.fill_(length)
         places, sources, rest = [], [], []
         for layer, pair in zip(self.cache.layers, states, strict=True):
@@ -310,6 +324,14 @@ class Step:
                 rest += [own[:, :, :start], own[:, :, length:]]
         torch._foreach_copy_(places, sources)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_zero_([part for part in rest if part.numel()])  # pyright: ignore[reportPrivateImportUsage]
+
+    def _keep_for_this_stream(self) -> None:
+        """Once it is dropped, let its memory wait for what another stream still does with it."""
+        stream = None if self.stream is None else torch.cuda.current_stream(self.stream.device)
+        if stream is not None and stream != self.stream:
+            for value in (*vars(self).values(), *self._states()):
+                if isinstance(value, Tensor):
+                    value.record_stream(stream)
 
     def give_back(self, cache: Any, length: int) -> None:
         """Let `cache`, of the kind that was loaded, end after `length` tokens."""
@@ -324,8 +346,10 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Of the cache and of what else stays in place, without the graph's own memory."""
-        states = [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
-        return sum(tensor.nbytes for tensor in (*states, self.mask) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (*self._states(), self.mask))
+
+    def _states(self) -> list[Tensor]:
+        return [part for layer in self.cache.layers for part in (layer.keys, layer.values)]
 
 
 class Captures:
@@ -337,6 +361,7 @@ class Captures:
         self._fingerprint: Any = None
         self._steps: OrderedDict[StepShape, Step] = OrderedDict()
         self._pool: Any = None
+        self._pool_bytes = 0
         self._ended: torch.cuda.Event | None = None
 
     @contextmanager
@@ -356,13 +381,14 @@ class Captures:
                 yield
             finally:
                 self._owner = None
+                self._trim(0, device)
                 if on_gpu:
                     self._ended = torch.cuda.Event()
                     self._ended.record()
 
     def fit(self, model: nn.Module) -> bool:
         """Whether what is captured still is what the model computes."""
-        return self._fingerprint == _fingerprint(model)
+        return self._fingerprint == fingerprint(model)
 
     def step(self, model: Any, shape: StepShape, layers: int) -> Step:
         """The step of this shape, captured now if it was not yet."""
@@ -370,13 +396,34 @@ class Captures:
             self._steps.clear()
         step = self._steps.get(shape)
         if step is None:
-            step = self._capture(model, shape, layers)
-            self._fingerprint = _fingerprint(model)  # the first call may have set numbers
-            self._steps[shape] = step
-            while len(self._steps) > CAPTURES:
-                self._steps.popitem(last=False)
+            step = self._capture_with_room(model, shape, layers)
+            found = fingerprint(model)  # a first call may have set numbers
+            if found != self._fingerprint:
+                self._steps.clear()
+            self._fingerprint, self._steps[shape] = found, step
         self._steps.move_to_end(shape)
+        self._trim(1, model.device)
         return step
+
+    def _trim(self, least: int, device: torch.device) -> None:
+        """Keep as many captures as there is room for, or so many if there is not."""
+        while len(self._steps) > least and (
+            len(self._steps) > CAPTURES or self.nbytes > most_bytes(device)
+        ):
+            self._steps.popitem(last=False)
+
+    def _capture_with_room(self, model: Any, shape: StepShape, layers: int) -> Step:
+        """A captured step; those that are kept make room for it, if they must."""
+        if self._steps:
+            try:
+                return self._capture(model, shape, layers)
+            except torch.cuda.OutOfMemoryError:
+                self._steps.clear()
+        # Out here, where the error keeps no tensor of the first try alive.
+        try:
+            return self._capture(model, shape, layers)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CannotCapture(f"there is no memory for {shape}") from error
 
     def _capture(self, model: Any, shape: StepShape, layers: int) -> Step:
         started = time.perf_counter()
@@ -384,15 +431,21 @@ class Captures:
             step = Step(model, shape, layers)
             if model.device.type == "cuda":
                 if not self._steps:  # a pool ends with its last graph
-                    self._pool = torch.cuda.graph_pool_handle()
+                    self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
                 step.capture(model, self._pool)
-        except torch.cuda.OutOfMemoryError as error:
-            self._steps.clear()
-            raise CannotCapture(f"there is no memory for {shape}") from error
+                self._pool_bytes += step.graph_bytes
+        except torch.cuda.OutOfMemoryError:
+            raise
         except Exception as error:
             raise CannotCapture(f"a step cannot be captured: {error}") from error
         step.seconds = time.perf_counter() - started
         return step
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is captured, with the graphs' own memory, which they share."""
+        steps = list(self._steps.values())
+        return sum(step.nbytes for step in steps) + (self._pool_bytes if steps else 0)
 
     @property
     def seconds(self) -> float:
@@ -400,15 +453,24 @@ class Captures:
         return sum(step.seconds for step in self._steps.values())
 
     def __str__(self) -> str:
-        if not self._steps:
+        captured = list(self._steps.items())  # another thread may add to them
+        if not captured:
             return "CUDA graphs: none captured yet"
         lines = [
             f"batch {shape.batch}, {shape.capacity} tokens"
             f"{', greedy' if shape.greedy else ''}: {step.nbytes / 2**20:.1f} MiB of cache, "
             f"captured in {step.seconds:.2f} s"
-            for shape, step in self._steps.items()
+            for shape, step in captured
         ]
+        lines.append(f"the graphs' own memory: {self._pool_bytes / 2**20:.1f} MiB")
         return "CUDA graphs: " + "; ".join(lines)
+
+
+def most_bytes(device: torch.device) -> float:
+    """How much memory of a device a model's captures may have once a call is over."""
+    if device.type != "cuda":
+        return float("inf")
+    return SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 _CAPTURES: WeakKeyDictionary[nn.Module, Captures] = WeakKeyDictionary()
@@ -427,35 +489,13 @@ def forget(model: nn.Module) -> None:
 def drop_stale(model: nn.Module) -> None:
     """Free what is captured of a model that was moved, cast or changed otherwise since."""
     captures = _CAPTURES.get(model)
-    if captures is not None and not captures.fit(model):
-        forget(model)
+    if captures is not None:
+        with as_decoding(model):
+            fits = captures.fit(model)
+        if not fits:
+            forget(model)
 
 
-def _fingerprint(model: nn.Module) -> list[Any]:
-    """What a capture has taken in: modules, the numbers they hold, where their tensors lie."""
-    found: list[Any] = [torch.get_float32_matmul_precision()]
-    for module in model.modules():
-        found.append(type(module))
-        for value in module.__dict__.values():
-            _add(value, found)
-    return found
-
-
-def _add(value: Any, found: list[Any]) -> None:
-    """Extend a fingerprint by an attribute of a module, as far as it consists of plain values."""
-    if isinstance(value, (bool, int, float, str, MLPConfig)):
-        found.append(value)
-    elif isinstance(value, Tensor):
-        flatten: Any = getattr(value, "__tensor_flatten__", None)
-        if flatten is not None:  # a subclass around other tensors, as quantized ones are
-            for name in flatten()[0]:
-                _add(getattr(value, name), found)
-        else:
-            found.append((value.data_ptr(), value.dtype, value.shape, value.stride()))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            found.append(key)
-            _add(item, found)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            _add(item, found)
+def as_decoding(model: Any) -> AbstractContextManager[Any]:
+    """transformers' context for steps, in which experts are computed as few tokens want it."""
+    return getattr(model, "_optimize_model_for_decode", nullcontext)()

@@ -9,8 +9,7 @@ greedy decoding to the next token, is captured once for a batch size and a capac
 import functools
 import math
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -28,10 +27,12 @@ from hf_triton_mlp.capture import (
     CannotCapture,
     Step,
     StepShape,
+    as_decoding,
     captures_of,
     drop_stale,
     forget,
 )
+from hf_triton_mlp.fingerprint import modules_of
 from hf_triton_mlp.mlp import StandIn, change_class, stand_in
 from hf_triton_mlp.reading import has_own_forward, store_by_input, store_by_output
 
@@ -124,8 +125,9 @@ class GraphDecoding(StandIn):
 def graph_decode(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
     """Decode with CUDA graphs: `model.generate(..., custom_generate=graph_decode)`.
 
-    The model need not be patched. transformers hands no streamer to a custom_generate; with
-    `patch_model(model, cuda_graphs=True)` there is no such limit, and nothing to pass.
+    The model need not be patched. transformers hands neither a streamer nor a tokenizer, which
+    stop_strings need, to a custom_generate; with `patch_model(model, cuda_graphs=True)` there is no
+    such limit, and nothing to pass.
     Raises ValueError for a generation mode that transformers keeps outside its package.
     """
     mode = arguments["generation_config"].get_generation_mode()
@@ -174,7 +176,7 @@ def disable(model: nn.Module) -> None:
             assert module.original_class is not None
             store_by_input(module, module.__dict__.pop("stored_by_output"))
             change_class(module, module.original_class)
-            forget(module)
+        forget(module)  # graph_decode captures without `enable`
 
 
 def _decode(model: Any, theirs: Callable[..., Any], input_ids: Tensor, **arguments: Any) -> Any:
@@ -202,7 +204,13 @@ def _say(message: str) -> None:
 def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, Any]) -> str | None:
     """Why a call of `generate` is not decoded in captured steps; None if it may be."""
     cache = arguments.get(CACHE)
-    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    modules = modules_of(model)
+    places = {
+        tensor.device
+        for module in modules
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    }
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     given = [name for name, value in arguments.items() if value is not None]
     extra = [name for name in given if name not in ARGUMENTS]
@@ -214,9 +222,11 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
         f"the tokens are on {input_ids.device}": input_ids.device != model.device,
         f"attention is {attention!r}, supported: {', '.join(ATTENTION)}": attention
         not in ATTENTION,
-        "the model is in training mode": any(module.training for module in model.modules()),
+        "the model is in training mode": any(module.training for module in modules),
         "autocast is on": torch.is_autocast_enabled(model.device.type),
-        "modules of the model have hooks, or forwards of their own": _has_hooks(model),
+        "modules of the model have hooks, or forwards of their own, or are compiled": _has_hooks(
+            modules
+        ),
         "attentions or hidden states are asked for": config.output_attentions
         or config.output_hidden_states,
         "it drafts for another model": config.is_assistant,
@@ -232,7 +242,7 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
     return next((reason for reason, found in reasons.items() if found), None)
 
 
-def _has_hooks(model: Any) -> bool:
+def _has_hooks(modules: list[nn.Module]) -> bool:
     """Whether calls of modules run what a replayed step would not.
 
     transformers' own hooks, which a model keeps once it was asked for hidden states, do nothing
@@ -241,12 +251,14 @@ def _has_hooks(model: Any) -> bool:
     return bool(_global_forward_hooks or _global_forward_pre_hooks) or any(
         module._forward_pre_hooks
         or has_own_forward(module)
-        or any(
-            getattr(hook, "__module__", None) != RECORDING
-            for hook in module._forward_hooks.values()
-        )
-        for module in model.modules()
+        or module._compiled_call_impl is not None
+        or (module._forward_hooks and not _all_record(module._forward_hooks.values()))
+        for module in modules
     )
+
+
+def _all_record(hooks: Iterable[Any]) -> bool:
+    return all(getattr(hook, "__module__", None) == RECORDING for hook in hooks)
 
 
 def _has_own_methods(model: Any) -> bool:
@@ -278,7 +290,7 @@ def _positions(model: Any) -> float:
     count = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if count is not None:
         return count
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = [module for module in modules_of(model) if isinstance(module, nn.Embedding)]
     return math.inf if len(tables) == 1 else 0
 
 
@@ -376,7 +388,7 @@ class _Run:
 
     def captured(self, length: int) -> Step:
         """The captured step of this shape; CannotCapture says why there is none."""
-        with self.as_decoding():
+        with as_decoding(self.model):
             return self.captures.step(self.model, self.shape(length), self.layers)
 
     def larger(self, step: Step, length: int) -> Step:
@@ -390,10 +402,6 @@ class _Run:
             larger = Step(self.model, self.shape(length + 1), self.layers)
         larger.go_on_from(step, length)
         return larger
-
-    def as_decoding(self) -> AbstractContextManager[Any]:
-        """transformers' context for steps, in which experts are computed as few tokens want it."""
-        return getattr(self.model, "_optimize_model_for_decode", nullcontext)()
 
     def generate(self, step: Step) -> Any:
         """The prompt's forward, and steps until all texts end; returns what `_sample` does."""
@@ -424,7 +432,7 @@ class _Run:
             step.end_with(self.ends, self.pad)
             if not kept:
                 cache.layers.clear()  # generate() refers to it too, and nobody reads it any more
-        with self.as_decoding():
+        with as_decoding(self.model):
             while not over:
                 if length == step.shape.capacity:
                     step = self.larger(step, length)

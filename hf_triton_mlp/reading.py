@@ -127,9 +127,10 @@ def store_by_output(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def store_by_input(module: nn.Module, names: list[str]) -> None:
-    """Undo `store_by_output`."""
+    """Undo `store_by_output`, for those that are still there."""
+    modules = dict(module.named_modules())
     for name in names:
-        weight = getattr(module.get_submodule(name), "weight", None)
+        weight = getattr(modules.get(name), "weight", None)
         if isinstance(weight, Tensor) and not weight.is_contiguous():
             with torch.inference_mode(False):
                 weight.data = weight.data.contiguous()

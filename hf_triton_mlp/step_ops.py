@@ -66,7 +66,7 @@ class StepOperations(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if function is torch.tensor:
+        if function is torch.tensor and args and _are_numbers(args[0]):
             key = repr((args, sorted(kwargs.items())))
             if key not in self._constants:
                 self._constants[key] = function(*args, **kwargs)
@@ -74,6 +74,12 @@ class StepOperations(TorchFunctionMode):
         compute = OURS.get(function) if self.ours else None
         found = None if compute is None else compute(*args, **kwargs)
         return function(*args, **kwargs) if found is None else found
+
+
+def _are_numbers(data: Any) -> bool:
+    """Whether `repr` says all of it, as it does not of large tensors and arrays."""
+    numbers = data if isinstance(data, (list, tuple)) else [data]
+    return all(isinstance(number, (int, float)) for number in numbers)
 
 
 def normed(norm: nn.Module, input: Tensor, kind: str | None, cls: type[nn.Module]) -> Tensor:

@@ -1,9 +1,11 @@
-"""The marker `gpu`, one thread, no terminal's width, and the device that a test runs on."""
+"""The marker `gpu`, one thread, no terminal's width, the device of a test, and what is logged."""
 
 import os
 
 import pytest
 import torch
+
+from hf_triton_mlp import decoding
 
 # The models here are tiny: a second thread costs more than it computes.
 torch.set_num_threads(1)
@@ -25,3 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a test runs: in PyTorch on the CPU, or in the kernels on a GPU."""
     return request.param
+
+
+@pytest.fixture
+def reasons(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What generate() logs of captured steps; the loop is ours on the CPU too."""
+    said: list[str] = []
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    monkeypatch.setattr(decoding, "_say", said.append)
+    return said

@@ -3,13 +3,14 @@
 import copy
 import pickle
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,13 +30,7 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
 
 
-@pytest.fixture(autouse=True)
-def reasons(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What the log says; the loop is ours on the CPU too."""
-    said: list[str] = []
-    monkeypatch.setattr(decoding, "ON_CPU", True)
-    monkeypatch.setattr(decoding, "_say", said.append)
-    yield said
+pytestmark = pytest.mark.usefixtures("reasons")
 
 
 def text_model(family: str = "gpt2", device: str = "cpu", **changes: Any) -> Any:
@@ -206,6 +201,90 @@ def test_the_host_reads_behind(
     assert waiting[0] == decoding.STEPS_AHEAD + 1 and waiting[-1] == 1
 
 
+#: Operations on a GPU whose result, or its size, the host waits for.
+WAITING = {
+    "_local_scalar_dense", "_unique2", "equal", "is_nonzero", "masked_select", "multinomial",
+    "nonzero", "unique_consecutive", "unique_dim",
+}  # fmt: skip
+
+
+class HostReads(TorchDispatchMode):
+    """Records what makes the host wait for a GPU, on the CPU as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = False
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = [index for index in indices if index is not None and index.dtype == torch.bool]
+        if self.recording and (name in WAITING or masks):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class HostTensors(TorchFunctionMode):
+    """Records what a GPU would get from the host."""
+
+    def __init__(self, reads: HostReads) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if self.reads.recording and function in (torch.tensor, torch.as_tensor, torch.from_numpy):
+            self.reads.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "llama", "gemma2"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.7, "top_k": 5},
+        {"top_p": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+        {"typical_p": 0.9, "epsilon_cutoff": 1e-3},
+        {"no_repeat_ngram_size": 2, "bad_words_ids": [[5, 6]], "min_new_tokens": 4},
+    ],
+    ids=" ".join,
+)
+def test_no_step_waits(
+    family: str,
+    options: dict[str, Any],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    reasons: list[str],
+) -> None:
+    """From the first report on, the host reads reports alone; on a GPU, CUDA says so too."""
+    model, inputs, reads = text_model(family, device), tiny.batch(device), HostReads()
+    is_over = decoding._Run.is_over
+
+    def watched(self: Any, length: int) -> bool:
+        reads.recording = False
+        over = is_over(self, length)
+        reads.recording = not over
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default" if over else "error")
+        return over
+
+    monkeypatch.setattr(decoding._Run, "is_over", watched)
+    options = {"do_sample": True, "eos_token_id": [2, 5], **options}
+    try:
+        with reads, HostTensors(reads):
+            generate(model, inputs, ours=True, **options)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert reads.found == [] and reasons == []
+
+
 class Recorder(BaseStreamer):
     def __init__(self) -> None:
         self.put_: list[list[int]] = []
@@ -247,6 +326,48 @@ def test_what_counts_its_calls(device: str, reasons: list[str]) -> None:
         for ours, calls in zip((False, True), both, strict=True)
     ]
     assert torch.equal(*texts) and both[0].lengths == both[1].lengths and reasons == []
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_strings_that_end_a_text(sample: bool, device: str, reasons: list[str]) -> None:
+    folder = CHECKPOINTS / "gpt2"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval().to(device)
+    prompts = [(CHECKPOINTS / "heldout.txt").read_text()[start : start + 40] for start in (0, 99)]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
+    inputs.pop("token_type_ids", None)
+    options = {"do_sample": sample, "max_new_tokens": 60, "tokenizer": tokenizer}
+    stops = {"stop_strings": [" the", "nd"]}
+    longest = generate(model, inputs, ours=False, **options)
+    theirs = generate(model, inputs, ours=False, **options, **stops)
+    decoding.enable(model)
+    found = generate(model, inputs, ours=False, **options, **stops)
+    assert torch.equal(found, theirs) and reasons == []
+    assert found.shape[1] < longest.shape[1]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_masks_of_other_kinds(family: str, device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(family, device), tiny.batch(device)
+    inputs["attention_mask"][:, 3] = 0
+    assert_same(model, inputs, reasons)
+    inputs["attention_mask"] = inputs["attention_mask"].bool()
+    assert_same(model, inputs, reasons)
+    inputs.pop("attention_mask")
+    assert_same(model, inputs, reasons)
+
+
+def test_positions_of_the_user(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model("gpt2", device), tiny.batch(device, rows=1)
+    inputs["position_ids"] = torch.arange(7, device=device)[None] + 20
+    assert_same(model, inputs, reasons)
+
+
+def test_a_prompt_nearly_as_long_as_a_cache(device: str, reasons: list[str]) -> None:
+    model = text_model(device=device, n_positions=600)
+    for length in (255, 256, 257):
+        assert_same(model, tiny.batch(device, length=length), reasons, max_new_tokens=4)
 
 
 class NoNumber(LogitsProcessor):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -103,6 +104,15 @@ def test_constants(device: str) -> None:
     assert first is again and other.tolist() == [1.0, 3.0]
     with StepOperations():
         assert torch.tensor([1.0, 2.0], device=device) is not first
+
+
+def test_arrays_that_look_alike() -> None:
+    one, other = np.arange(2000.0), np.arange(2000.0)
+    other[1000] = -1
+    assert repr(one) == repr(other)
+    with StepOperations():
+        assert not torch.equal(torch.tensor(one), torch.tensor(other))
+        assert not torch.equal(torch.tensor([*one]), torch.tensor([*other]))
 
 
 @pytest.mark.parametrize("device", DEVICES)
