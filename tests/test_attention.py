@@ -94,8 +94,8 @@ def test_decode_attention(
         angles = torch.rand(batch, D // 2, generator=generator).repeat(1, 2) * 6
         rotation = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
     options = {"scale": 0.1, "softcap": 2.0 if extra == "softcap" else None}
-    rest: Any = (q, k, v, keys.clone(), values.clone(), length, mask, bias, rotation)
-    rest += tuple(options.values())
+    rest: list[Any] = [q, k, v, keys.clone(), values.clone(), length, mask, bias, rotation]
+    rest += options.values()
     exact, own = reference(*rest, torch.float64), reference(*rest, dtype)
     place = torch.tensor(length, device=device)
     found = decode_attention(q, k, v, keys, values, place, mask, bias, rotation, **options)
