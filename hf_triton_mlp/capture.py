@@ -5,6 +5,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -343,7 +344,7 @@ class Step:
             layer.keys = own.keys[:, :, start:length].clone()
             layer.values = own.values[:, :, start:length].clone()
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Of the cache and of what else stays in place, without the graph's own memory."""
         return sum(tensor.nbytes for tensor in (*self._states(), self.mask))

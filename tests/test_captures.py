@@ -109,26 +109,30 @@ def test_captures_make_room(
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_unpatching_frees_captures(enabled: bool, device: str, reasons: list[str]) -> None:
-    model = patch_model(text_model(device=device), cuda_graphs=enabled)
-    unpatch_model(model)
-    inputs = tiny.batch(device)
+    model, inputs = text_model(device=device), tiny.batch(device)
     expected = generate(model, inputs, ours=False)
-    before = memory(device)
-    patch_model(model, cuda_graphs=enabled)
-    assert torch.equal(generate(model, inputs, ours=not enabled), expected) and reasons == []
-    step = weakref.ref(steps_of(model)[0])
-    unpatch_model(model)
-    assert memory(device) == before and step() is None
+    levels = []
+    for _ in range(3):  # what a first time allocates for good is no matter
+        patch_model(model, cuda_graphs=enabled)
+        assert torch.equal(generate(model, inputs, ours=not enabled), expected)
+        step = weakref.ref(steps_of(model)[0])
+        held = memory(device)
+        unpatch_model(model)
+        levels.append(memory(device))
+        assert step() is None and (device == "cpu" or levels[-1] < held)
+    assert levels[1] == levels[2] and reasons == []
 
 
 def test_a_deleted_model_frees_captures(device: str) -> None:
-    before = memory(device)
-    model = patch_model(text_model(device=device), cuda_graphs=True)
-    inputs = tiny.batch(device)
-    generate(model, inputs, ours=False)
-    step = weakref.ref(steps_of(model)[0])
-    del model, inputs
-    assert memory(device) == before and step() is None
+    levels = []
+    for _ in range(3):
+        model = patch_model(text_model(device=device), cuda_graphs=True)
+        generate(model, tiny.batch(device), ours=False)
+        step = weakref.ref(steps_of(model)[0])
+        del model
+        levels.append(memory(device))
+        assert step() is None
+    assert levels[1] == levels[2]
 
 
 # --- changes of the model -----------------------------------------------------------------------
