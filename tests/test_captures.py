@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from test_decoding import assert_same, generate, text_model
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hf_triton_mlp import capture, decoding, patch_model, patch_report, unpatch_model
+from hf_triton_mlp import attention, capture, decoding, patch_model, patch_report, unpatch_model
 from hf_triton_mlp.capture import PROBES, Captures, Step, captures_of
 
 pytestmark = pytest.mark.usefixtures("reasons")
@@ -406,6 +407,21 @@ def test_an_interrupted_capture(
         assert not steps_of(model)
     assert_same(model, inputs, reasons)
     assert {module: dict(vars(module)) for module in model.modules()} == names
+
+
+@pytest.mark.xfail(strict=True, reason="configs name one attention for all threads")
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_forward_beside_a_step(name: str, device: str) -> None:
+    """Another thread calls the model while a step is captured with our attention."""
+    model, inputs = text_model("llama", device), tiny.batch(device)
+    model.set_attn_implementation(name)
+    generate(model, inputs, ours=True)
+    [step] = steps_of(model)
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        expected = model(**inputs).logits
+        with attention.in_step(model, step.cache):
+            found = other.submit(lambda: model(**inputs).logits).result()
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.gpu
