@@ -10,6 +10,7 @@ import functools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from hf_triton_mlp.capture import (
 from hf_triton_mlp.fingerprint import modules_of
 from hf_triton_mlp.mlp import StandIn, change_class, stand_in
 from hf_triton_mlp.reading import has_own_forward, store_by_input, store_by_output
+from hf_triton_mlp.step_ops import StepOperations
 
 logger = logging.get_logger(__name__)
 
@@ -325,6 +327,8 @@ class _Run:
         each = (*logits_processor, *stopping_criteria)
         self.greedy = not self.sample and all(type(one) in IN_THE_STEP for one in each)
         in_advance = all(type(one) in STATELESS for one in each)
+        #: Keeps what they make of Python's numbers, which a GPU has to wait for.
+        self.constants = StepOperations() if in_advance else nullcontext()
         if self.sample and not input_ids.is_cuda:
             in_advance = False  # the CPU's random numbers cannot be given back
         self.ahead = STEPS_AHEAD if in_advance else 0
@@ -464,7 +468,8 @@ class _Run:
 
     def choose(self, logits: Tensor) -> None:
         """Append the next tokens for logits (batch, vocabulary) in float32, and send them."""
-        scores = self.processors(self.input_ids, logits)
+        with self.constants:
+            scores = self.processors(self.input_ids, logits)
         if self.scores is not None:
             self.scores.append(scores)
         if self.logits is not None:
