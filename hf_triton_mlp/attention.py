@@ -129,8 +129,10 @@ def attend(
         raise CannotFuse("an attention changes its keys or values after they are cached")
     if unknown or dropout:
         raise CannotFuse(f"an attention takes {', '.join(unknown) or 'dropout'}")
-    if attention_mask is None or attention_mask.shape[1:3] != (1, 1):
+    if attention_mask is None or attention_mask.shape[1:] != (1, 1, key.shape[2]):
         raise CannotFuse("an attention has a mask of its own for each head")
+    if attention_mask.dtype != torch.bool:
+        raise CannotFuse("an attention has a mask that joins its scores")
     k, v = layer.pending
     layer.pending = None
     out = decode_attention(
@@ -215,6 +217,7 @@ def decode_attention(
     softcap * tanh(s / softcap) before the bias. Returns (batch, heads, D), computed in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    mask = mask.expand(q.shape[0], -1)
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
     if rotation is not None:
@@ -274,7 +277,7 @@ def attention_launches(
                 scale,
                 softcap or 0.0,
             ),
-            (bool(softcap), max(TILE // block_d, 16), block_d, CHUNK, pdl),
+            (bool(softcap), min(TILE // block_d, CHUNK), block_d, CHUNK, pdl),
             num_warps=8,
             num_stages=1,
             pdl=pdl,
