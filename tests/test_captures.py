@@ -433,6 +433,25 @@ def test_a_forward_beside_a_step(family: str, name: str, device: str) -> None:
     assert type(model.config._attn_implementation) is str
 
 
+def test_steps_of_models_with_one_config(device: str) -> None:
+    """Two threads take turns, and the config has its own name again."""
+    model, inputs = text_model("llama", device), tiny.batch(device)
+    generate(model, inputs, ours=True)
+    [step], name = steps_of(model), model.config._attn_implementation
+
+    def enter() -> str:
+        with attention.in_step(model, step.cache):
+            return model.config._attn_implementation
+
+    with ThreadPoolExecutor(1) as other:
+        with attention.in_step(model, step.cache):
+            entered = other.submit(enter)
+            with pytest.raises(TimeoutError):
+                entered.result(0.2)
+        assert entered.result(60) == name
+    assert type(model.config._attn_implementation) is str
+
+
 @pytest.mark.gpu
 def test_other_streams(reasons: list[str]) -> None:
     """A call waits for what its own stream did before, and the next one for the call."""
