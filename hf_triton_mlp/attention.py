@@ -1,8 +1,8 @@
 """Attention in a captured step: one launch, or two for long texts, which writes the cache too.
 
 transformers' attention modules look their function up by the name that their config has. While a
-step runs, that name is ours (`in_step`); cache layers then do not write what they are given, but
-leave it to the function, which gets the same tensors.
+step runs, that name is ours in its thread (`in_step`); cache layers then do not write what they are
+given, but leave it to the function, which gets the same tensors.
 """
 
 import threading
@@ -49,6 +49,29 @@ class CannotFuse(Exception):
 
 _state = threading.local()
 
+#: Held by the one thread whose step has our attention: models may share configs.
+_lock = threading.RLock()
+
+
+class _Name(str):
+    """The name of an attention, which equals NAME instead for a thread within a step.
+
+    Some families compare names themselves: other threads have to find what they always do.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return _now(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return _now(self) != other
+
+    def __hash__(self) -> int:
+        return hash(_now(self))
+
+
+def _now(name: _Name) -> str:
+    return NAME if getattr(_state, "layers", None) else str(name)
+
 
 @contextmanager
 def in_step(model: Any, cache: Any) -> Iterator[None]:
@@ -57,26 +80,27 @@ def in_step(model: Any, cache: Any) -> Iterator[None]:
     Raises CannotFuse unless `attend` computed every attention that wrote to the cache.
     """
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    names = [
-        (config, config._attn_implementation_internal)
-        for config in configs.values()
-        if isinstance(config, PretrainedConfig)
-    ]
-    _state.layers = {id(layer.keys): layer for layer in cache.layers}
-    for layer in cache.layers:
-        layer.deferred = True
-    try:
-        for config, _ in names:
-            config._attn_implementation_internal = NAME
-        yield
-        if any(layer.pending is not None for layer in cache.layers):
-            raise CannotFuse("an attention is not computed by transformers' AttentionInterface")
-    finally:
-        for config, name in names:
-            config._attn_implementation_internal = name
+    with _lock:
+        names = [
+            (config, config._attn_implementation_internal)
+            for config in configs.values()
+            if isinstance(config, PretrainedConfig) and config._attn_implementation_internal
+        ]
+        _state.layers = {id(layer.keys): layer for layer in cache.layers}
         for layer in cache.layers:
-            layer.deferred, layer.pending = False, None
-        _state.layers = {}
+            layer.deferred = True
+        try:
+            for config, name in names:
+                config._attn_implementation_internal = _Name(name)
+            yield
+            if any(layer.pending is not None for layer in cache.layers):
+                raise CannotFuse("an attention is not computed by transformers' AttentionInterface")
+        finally:
+            for config, name in names:
+                config._attn_implementation_internal = name
+            for layer in cache.layers:
+                layer.deferred, layer.pending = False, None
+            _state.layers = {}
 
 
 def attend(
@@ -105,8 +129,10 @@ def attend(
         raise CannotFuse("an attention changes its keys or values after they are cached")
     if unknown or dropout:
         raise CannotFuse(f"an attention takes {', '.join(unknown) or 'dropout'}")
-    if attention_mask is None or attention_mask.shape[1:3] != (1, 1):
+    if attention_mask is None or attention_mask.shape[1:] != (1, 1, key.shape[2]):
         raise CannotFuse("an attention has a mask of its own for each head")
+    if attention_mask.dtype != torch.bool:
+        raise CannotFuse("an attention has a mask that joins its scores")
     k, v = layer.pending
     layer.pending = None
     out = decode_attention(
@@ -191,6 +217,7 @@ def decode_attention(
     softcap * tanh(s / softcap) before the bias. Returns (batch, heads, D), computed in float32.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    mask = mask.expand(q.shape[0], -1)
     mask = mask if mask.stride(-1) == 1 else mask.contiguous()
     bias = bias if bias is None or bias.stride(-1) == 1 else bias.contiguous()
     if rotation is not None:
@@ -250,7 +277,7 @@ def attention_launches(
                 scale,
                 softcap or 0.0,
             ),
-            (bool(softcap), max(TILE // block_d, 16), block_d, CHUNK, pdl),
+            (bool(softcap), min(TILE // block_d, CHUNK), block_d, CHUNK, pdl),
             num_warps=8,
             num_stages=1,
             pdl=pdl,

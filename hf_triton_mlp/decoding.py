@@ -213,7 +213,8 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None
     }
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    text = model.config.get_text_config(decoder=True)
+    attention = text._attn_implementation
     given = [name for name, value in arguments.items() if value is not None]
     extra = [name for name in given if name not in ARGUMENTS]
     reasons = {
@@ -224,6 +225,9 @@ def obstacle(model: Any, input_ids: Tensor, config: Any, arguments: dict[str, An
         f"the tokens are on {input_ids.device}": input_ids.device != model.device,
         f"attention is {attention!r}, supported: {', '.join(ATTENTION)}": attention
         not in ATTENTION,
+        # They would look at places of the cache that have no token yet.
+        "its texts look at tokens behind": not getattr(text, "is_causal", True)
+        or getattr(text, "use_bidirectional_attention", None) in (True, "all"),
         "the model is in training mode": any(module.training for module in modules),
         "autocast is on": torch.is_autocast_enabled(model.device.type),
         "modules of the model have hooks, or forwards of their own, or are compiled": _has_hooks(

@@ -1,6 +1,7 @@
 """A model's modules, read instead of called: which may be, and what they hold."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,15 +30,28 @@ def computes_the_same(function: Callable[..., Any], other: Callable[..., Any]) -
 
     What their globals are is not compared.
     """
+    function, other = inspect.unwrap(function), inspect.unwrap(other)
 
     def body(of: Any) -> Any:
-        code = inspect.unwrap(of).__code__
-        document = inspect.unwrap(of).__doc__
-        constants = tuple(each for each in code.co_consts if each is not document)
+        code = of.__code__
+        constants = tuple(each for each in code.co_consts if each is not of.__doc__)
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        return code.co_code, code.co_names, constants, names
+        defaults = of.__defaults__, of.__kwdefaults__
+        return code.co_code, code.co_names, constants, names, defaults
 
     return body(function) == body(other)
+
+
+def is_from(function: Callable[..., Any], module: Any) -> bool:
+    """Whether a function is in a module's file, under decorators; not so if it was replaced."""
+    return inspect.unwrap(function).__code__.co_filename == module.__file__
+
+
+def is_original(module: nn.Module, path: str) -> bool:
+    """Whether a module is of the class at this path, whose forward nobody has replaced."""
+    cls = type(module)
+    same = f"{cls.__module__}.{cls.__qualname__}" == path
+    return same and is_from(cls.forward, sys.modules[cls.__module__])
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:

@@ -70,7 +70,7 @@ class StepOperations(TorchFunctionMode):
             key = repr((args, sorted(kwargs.items())))
             if key not in self._constants:
                 self._constants[key] = function(*args, **kwargs)
-            return self._constants[key]
+            return self._constants[key].clone()  # which may be written
         compute = OURS.get(function) if self.ours else None
         found = None if compute is None else compute(*args, **kwargs)
         return function(*args, **kwargs) if found is None else found
@@ -113,20 +113,27 @@ def _applies(
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """F.linear, or None to leave it to PyTorch."""
-    if not _applies(input, weight, bias) or weight.stride(1) != 1:
+    return _product(input, weight, bias, stored=type(weight) is nn.Parameter)
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None, *, stored: bool) -> Tensor | None:
+    """input·weightᵀ + bias, or None; stored: no step computes the weight, which is the model's."""
+    if not _applies(input, weight, bias) or weight.dim() != 2 or weight.stride(1) != 1:
+        return None
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     # The step began with kernels of PyTorch's, which had waited for all in front of them: nobody
-    # is still writing weights.
+    # is still writing what is stored.
     with on_device(input):
-        out = linear(rows(input), weight, bias, waited=True)
+        out = linear(rows(input), weight, bias, waited=stored)
     return out.view(*input.shape[:-1], weight.shape[0])
 
 
 def _addmm(bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Tensor | None:
     """torch.addmm as Conv1D calls it, or None."""
-    if scales or bias.dim() != 1 or bias.shape[0] != weight.shape[1]:
+    if scales:
         return None
-    return _linear(input, weight.t(), bias)
+    return _product(input, weight.t(), bias, stored=type(weight) is nn.Parameter)
 
 
 def _layer_norm(
@@ -144,8 +151,7 @@ def _rms_norm(
     input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor | None:
     """F.rms_norm, or None."""
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
-    return _norm("rms_norm", input, normalized_shape, weight, None, eps)
+    return None if eps is None else _norm("rms_norm", input, normalized_shape, weight, None, eps)
 
 
 def _norm(
@@ -157,6 +163,8 @@ def _norm(
     eps: float,
 ) -> Tensor | None:
     if tuple(normalized_shape) != input.shape[-1:] or not _applies(input, weight, bias, MOST_NORMS):
+        return None
+    if any(t is not None and t.shape != input.shape[-1:] for t in (weight, bias)):
         return None
     if weight is not None and not weight.is_contiguous():
         return None

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from hf_triton_mlp import attention
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
+from hf_triton_mlp.reading import is_original
+
+MODULE = "transformers.models.bloom.modeling_bloom"
 
 
 class FusedBloomBlock(FusedLayer):
@@ -40,7 +43,8 @@ class FusedBloomBlock(FusedLayer):
             )
         normed = self.input_layernorm(hidden_states)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
-        if attention.is_deferred(layer_past):
+        ours = is_original(self.self_attention, f"{MODULE}.BloomAttention")
+        if ours and attention.is_deferred(layer_past):
             return rest(self.attend(normed, layer_past, attention_mask, alibi), residual), None
         attended, weights = self.self_attention(
             normed,
@@ -73,7 +77,6 @@ def _refuse(layer: nn.Module) -> str | None:
     return None
 
 
-MODULE = "transformers.models.bloom.modeling_bloom"
 SPECS = (
     MLPSpec(
         family="bloom",

@@ -1,8 +1,8 @@
 """Llama, and the families whose decoder layers or MLPs are Llama's under other names."""
 
-import functools
 import importlib
-import sys
+import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_triton_mlp.attention import attend, is_deferred
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
-from hf_triton_mlp.reading import computes_the_same
+from hf_triton_mlp.reading import computes_the_same, is_from
 from hf_triton_mlp.step_ops import normed
 
 
@@ -94,31 +94,37 @@ class FusedGraniteDecoderLayer(FusedLlamaDecoderLayer):
         return super().rest(hidden_states)
 
 
-@functools.cache
 def _is_llamas(attention: type[Any]) -> bool:
     """Whether an attention computes what Llama's does, but for windows, which are the mask's."""
     llama, mistral, qwen2 = (
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         for name in ("llama", "mistral", "qwen2")
     )
-    module = sys.modules[attention.__module__]
-    return all(
-        hasattr(module, name) and computes_the_same(getattr(module, name), getattr(llama, name))
-        for name in ("rotate_half", "apply_rotary_pos_emb")
-    ) and (
-        any(
-            computes_the_same(attention.forward, theirs.forward)
-            for theirs in (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention)
+    names = inspect.unwrap(attention.forward).__globals__
+    rotate = names.get("apply_rotary_pos_emb")
+    return (
+        rotate is not None
+        and _computes(rotate, llama, "apply_rotary_pos_emb")
+        and _computes(inspect.unwrap(rotate).__globals__["rotate_half"], llama, "rotate_half")
+        and (
+            _computes(attention.forward, llama, "LlamaAttention.forward")
+            or _computes(attention.forward, mistral, "MistralAttention.forward")
+            or _computes(attention.forward, qwen2, "Qwen2Attention.forward")
+            or _norms_heads(attention)
         )
-        or _norms_heads(attention)
     )
 
 
-@functools.cache
 def _norms_heads(attention: type[Any]) -> bool:
     """Whether it is as Qwen3's, which normalizes queries and keys before it rotates them."""
     qwen3 = importlib.import_module("transformers.models.qwen3.modeling_qwen3")
-    return computes_the_same(attention.forward, qwen3.Qwen3Attention.forward)
+    return _computes(attention.forward, qwen3, "Qwen3Attention.forward")
+
+
+def _computes(function: Callable[..., Any], module: Any, name: str) -> bool:
+    """Whether a function computes what a module's does, unless that one was replaced."""
+    theirs = operator.attrgetter(name)(module)
+    return is_from(theirs, module) and computes_the_same(function, theirs)
 
 
 #: Families with Llama's layer, MLP and RMSNorm: (family, layer, MLP, norm).

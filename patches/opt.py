@@ -7,6 +7,9 @@ from torch import Tensor
 from hf_triton_mlp.attention import attend, is_deferred
 from hf_triton_mlp.mlp import FusedLayer
 from hf_triton_mlp.patching import MLPSpec
+from hf_triton_mlp.reading import is_original
+
+MODULE = "transformers.models.opt.modeling_opt"
 
 
 class FusedOPTDecoderLayer(FusedLayer):
@@ -41,7 +44,7 @@ class FusedOPTDecoderLayer(FusedLayer):
         x = hidden_states
         normed = self.self_attn_layer_norm(x) if before else x
         cache = named.get("cache", named.get("past_key_values"))
-        if is_deferred(cache):
+        if is_deferred(cache) and is_original(self.self_attn, f"{MODULE}.OPTAttention"):
             attention = self.attend(normed, cache, named["attention_mask"])
         else:
             attention, _ = self.self_attn(hidden_states=normed, **named)
@@ -70,7 +73,7 @@ class FusedOPTDecoderLayer(FusedLayer):
 SPECS = (
     MLPSpec(
         family="opt",
-        layer_class="transformers.models.opt.modeling_opt.OPTDecoderLayer",
+        layer_class=f"{MODULE}.OPTDecoderLayer",
         fused_layer=FusedOPTDecoderLayer,
         attention="self_attn",
         mlp=None,

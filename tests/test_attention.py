@@ -8,12 +8,23 @@ import tiny_models as tiny
 import torch
 from test_compile import CUOBJDUMP, SHARED, check_compiles
 from torch import Tensor
+from transformers.masking_utils import (
+    and_masks,
+    causal_mask_function,
+    or_masks,
+    sliding_window_causal_mask_function,
+)
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.qwen3 import modeling_qwen3
 
 from hf_triton_mlp import attention, decoding, graph_decode, patch_model
-from hf_triton_mlp.attention import attention_launches, decode_attention
-from hf_triton_mlp.capture import captures_of
+from hf_triton_mlp.attention import CannotFuse, attention_launches, decode_attention
+from hf_triton_mlp.capture import DecodeCache, captures_of
 from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.patches import llama
+from hf_triton_mlp.reading import is_original
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 ON_DEVICE = [] if INTERPRETED else [pytest.mark.gpu]
@@ -27,6 +38,7 @@ SHAPES = [
     (1, 8, 2, 128, 512, 200, 128),
     (2, 2, 2, 64, 1024, 1000, 512),
     (2, 2, 2, 64, 1024, 3, 256),
+    (1, 2, 1, 8, 64, 63, 32),  # a tile has more rows than a chunk
 ]
 
 
@@ -96,7 +108,7 @@ def test_decode_attention(
     options = {"scale": 0.1, "softcap": 2.0 if extra == "softcap" else None}
     rest: list[Any] = [q, k, v, keys.clone(), values.clone(), length, mask, bias, rotation]
     rest += options.values()
-    exact, own = reference(*rest, torch.float64), reference(*rest, dtype)
+    exact, own = reference(*rest, dtype=torch.float64), reference(*rest, dtype=dtype)
     place = torch.tensor(length, device=device)
     found = decode_attention(q, k, v, keys, values, place, mask, bias, rotation, **options)
     tiny.assert_as_accurate(found, own, exact)
@@ -109,6 +121,107 @@ def test_decode_attention(
     assert keys[:, :, length + 1 :].isnan().all()
     again = decode_attention(q, k, v, keys, values, place, mask, bias, rotation, **options)
     assert torch.equal(again, found)
+
+
+@needs_kernels
+def test_invisible_chunks(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts with padding up to a chunk's end and past it, of one mask and one rotation."""
+    monkeypatch.setattr(attention, "CHUNK", 32)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 24).to(device) for _ in range(3))
+    keys, values = (torch.randn(2, 2, 128, 24).to(device) for _ in range(2))
+    angles = torch.rand(1, 12).repeat(1, 2).to(device)
+    rotation = angles.cos(), angles.sin()
+    for length, first in [(31, 31), (32, 32), (63, 32), (64, 33), (127, 96), (127, 127)]:
+        mask = (torch.arange(128, device=device) >= first)[None]
+        expected = reference(
+            q, k, v, keys, values, length, mask.expand(2, -1), None, rotation, 0.2, None,
+            torch.float64,
+        )  # fmt: skip
+        place = torch.tensor(length, device=device)
+        found = decode_attention(
+            q, k, v, keys.clone(), values.clone(), place, mask, None, rotation, scale=0.2
+        )
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def llama_step() -> tuple[Any, Any, list[Tensor]]:
+    """An attention of Llama's, the cache of a step, and query, key and value as it has them."""
+    module = tiny.build("llama").model.layers[0].self_attn
+    cache: Any = DecodeCache(1, 16, torch.tensor(3))
+    states = [torch.randn(1, heads, 1, 8) for heads in (4, 2, 2)]
+    cache.layers[0].lazy_initialization(*states[1:])
+    return module, cache, states
+
+
+MASKS = {
+    "added to the scores": torch.zeros(1, 1, 1, 16),
+    "shorter than the cache": torch.ones(1, 1, 1, 4, dtype=torch.bool),
+    "of each head": torch.ones(1, 4, 1, 16, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_of_other_kinds(mask: Tensor) -> None:
+    module, cache, (query, key, value) = llama_step()
+    with pytest.raises(CannotFuse, match="mask"), attention.in_step(module, cache):
+        keys, values = cache.layers[0].update(key, value)
+        attention.attend(module, query, keys, values, mask)
+
+
+def visible(**changes: Any) -> Tensor:
+    """What `decode_mask` lets a text of two look at from place 9 of 16, its first 3 padding."""
+    padding = torch.ones(2, 16, dtype=torch.bool)
+    padding[1, :3] = False
+    options = {"batch_size": 2, "q_length": 1, "kv_length": 16, "q_offset": torch.tensor(9)}
+    options |= {"attention_mask": padding, "allow_is_causal_skip": False, **changes}
+    mask = attention.decode_mask(**options)
+    assert mask is not None and mask.shape == (2, 1, 1, 16) and mask.dtype == torch.bool
+    return mask[1, 0, 0, :10].nonzero().flatten()
+
+
+def test_masks() -> None:
+    def even(batch: Any, head: Any, q: Any, kv: Any) -> Any:
+        return kv % 2 == 0
+
+    window = sliding_window_causal_mask_function(4)
+    assert visible().tolist() == [*range(3, 10)]
+    assert visible(attention_mask=None).tolist() == [*range(10)]
+    assert visible(mask_function=window, local_size=4).tolist() == [6, 7, 8, 9]
+    assert visible(mask_function=and_masks(causal_mask_function, even)).tolist() == [4, 6, 8]
+    assert visible(mask_function=or_masks(causal_mask_function, even)).tolist() == [*range(3, 10)]
+
+
+def with_own_forward(cls: Any) -> Any:
+    return type(cls.__name__, (cls,), {"forward": lambda self, x: x, "__module__": cls.__module__})
+
+
+def test_attentions_like_llamas(monkeypatch: pytest.MonkeyPatch) -> None:
+    like, its = llama._is_llamas, modeling_llama.LlamaAttention
+    assert like(its) and like(modeling_qwen3.Qwen3Attention) and like(type("Mine", (its,), {}))
+    assert not like(with_own_forward(its)) and not like(modeling_gemma2.Gemma2Attention)
+    with monkeypatch.context() as patch:
+        patch.setattr(its, "forward", lambda self, x: x)
+        assert not like(its)
+    for name in ("rotate_half", "apply_rotary_pos_emb"):
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_llama, name, lambda *x: x)
+            assert not like(its)
+    assert like(its)
+
+
+@pytest.mark.parametrize("family", ["opt", "bloom"])
+def test_replaced_attentions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tiny.PLACES[family]
+    module = tiny.build(family).get_submodule(f"{place.layers}.0.{place.attention}")
+    cls = type(module)
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    assert is_original(module, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "forward", lambda self, x: x)
+        assert not is_original(module, path)
+    module.__class__ = type("Mine", (cls,), {})
+    assert not is_original(module, path)
 
 
 @needs_kernels

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_triton_mlp import attention, capture, decoding, patch_model, patch_report, unpatch_model
 from hf_triton_mlp.capture import PROBES, Captures, Step, captures_of
+from hf_triton_mlp.fingerprint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("reasons")
 
@@ -409,19 +410,46 @@ def test_an_interrupted_capture(
     assert {module: dict(vars(module)) for module in model.modules()} == names
 
 
-@pytest.mark.xfail(strict=True, reason="configs name one attention for all threads")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
-def test_a_forward_beside_a_step(name: str, device: str) -> None:
+def test_a_forward_beside_a_step(family: str, name: str, device: str) -> None:
     """Another thread calls the model while a step is captured with our attention."""
-    model, inputs = text_model("llama", device), tiny.batch(device)
+    model, inputs = text_model(family, device), tiny.batch(device)
     model.set_attn_implementation(name)
     generate(model, inputs, ours=True)
     [step] = steps_of(model)
-    with torch.no_grad(), ThreadPoolExecutor(1) as other:
-        expected = model(**inputs).logits
+
+    def look() -> tuple[Any, ...]:
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        return logits, fingerprint(model), model.config._attn_implementation
+
+    with ThreadPoolExecutor(1) as other:
+        expected, *seen = look()
         with attention.in_step(model, step.cache):
-            found = other.submit(lambda: model(**inputs).logits).result()
-    assert torch.equal(found, expected)
+            found, *others = other.submit(look).result()
+            assert model.config._attn_implementation == attention.NAME
+    assert torch.equal(found, expected) and others == seen
+    assert type(model.config._attn_implementation) is str
+
+
+def test_steps_of_models_with_one_config(device: str) -> None:
+    """Two threads take turns, and the config has its own name again."""
+    model, inputs = text_model("llama", device), tiny.batch(device)
+    generate(model, inputs, ours=True)
+    [step], name = steps_of(model), model.config._attn_implementation
+
+    def enter() -> str:
+        with attention.in_step(model, step.cache):
+            return model.config._attn_implementation
+
+    with ThreadPoolExecutor(1) as other:
+        with attention.in_step(model, step.cache):
+            entered = other.submit(enter)
+            with pytest.raises(TimeoutError):
+                entered.result(0.2)
+        assert entered.result(60) == name
+    assert type(model.config._attn_implementation) is str
 
 
 @pytest.mark.gpu

@@ -454,6 +454,15 @@ def test_hooks_training_and_the_cpu(monkeypatch: pytest.MonkeyPatch, reasons: li
     assert torch.equal(generate(model, inputs, ours=True), expected) and "cpu" in reasons.pop()
 
 
+@pytest.mark.parametrize("name", ["is_causal", "use_bidirectional_attention"])
+def test_attention_without_an_order(name: str, reasons: list[str]) -> None:
+    family, value = ("llama", False) if name == "is_causal" else ("gemma3_text", True)
+    model, inputs = text_model(family), tiny.batch()
+    setattr(model.config, name, value)
+    expected = generate(model, inputs, ours=False)
+    assert torch.equal(generate(model, inputs, ours=True), expected) and "behind" in reasons.pop()
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), torch.cuda.OutOfMemoryError("full")])
 def test_a_step_that_cannot_be_captured(
     error: Exception, monkeypatch: pytest.MonkeyPatch, reasons: list[str]

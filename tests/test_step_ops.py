@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from hf_triton_mlp import step_ops
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.step_ops import StepOperations, choose_greedily
 
@@ -83,12 +84,15 @@ def test_left_to_pytorch(device: str) -> None:
         "rows": lambda: linear(x.repeat(9, 1)),
         "layout": lambda: by_input(x),
         "axes": lambda: F.layer_norm(x, (2, 96)),
+        "epsilon": lambda: F.rms_norm(x, (96,)),
+        "bias": lambda: F.linear(x, linear.weight, x[0, :1]),
         "scaled": lambda: torch.addmm(by_input.bias, x, by_input.weight, alpha=2),
     }
     for name, case in cases.items():
         with ours() as recorded:
             found = case()
-        assert any("mm" in each or "norm" in each for each in recorded.names), name
+        theirs = ("mm", "norm", "rsqrt")
+        assert any(word in each for word in theirs for each in recorded.names), name
         with torch.no_grad():
             assert torch.equal(found, case())
     with StepOperations() as operations:
@@ -97,13 +101,34 @@ def test_left_to_pytorch(device: str) -> None:
     assert linear.weight.grad is not None
 
 
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
+def test_weights_computed_in_the_step(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those of the model may be read before the kernel in front has ended."""
+    module = torch.nn.Linear(96, 40, bias=False).to(device, torch.float16)
+    conv = modules(torch.float16, device)["aten.addmm"]
+    x = torch.randn(2, 96, device=device, dtype=torch.float16)
+    waited = []
+    theirs = step_ops.linear
+
+    def recorded(*args: Any, **options: Any) -> torch.Tensor:
+        waited.append(options["waited"])
+        return theirs(*args, **options)
+
+    monkeypatch.setattr(step_ops, "linear", recorded)
+    with ours():
+        module(x)
+        conv(x)
+        F.linear(x, module.weight * 2)
+    assert waited == [True, True, False]
+
+
 def test_constants(device: str) -> None:
     with StepOperations():
         first, again = (torch.tensor([1.0, 2.0], device=device) for _ in range(2))
         other = torch.tensor([1.0, 3.0], device=device)
-    assert first is again and other.tolist() == [1.0, 3.0]
-    with StepOperations():
-        assert torch.tensor([1.0, 2.0], device=device) is not first
+        first += 1  # what is made of the same numbers again stays what they are
+        last = torch.tensor([1.0, 2.0], device=device)
+    assert again.tolist() == last.tolist() == [1.0, 2.0] and other.tolist() == [1.0, 3.0]
 
 
 def test_arrays_that_look_alike() -> None:
@@ -127,7 +152,7 @@ def test_choose_greedily(device: str, dtype: torch.dtype, ends: int, positions: 
     logits[1, 5002] = 9.0
     logits[2] = -torch.inf
     logits[2, 4999] = -8.0
-    logits[3, [11, 40]] = torch.tensor([torch.nan, torch.inf]).to(device, dtype)
+    logits[3, [5, 11, 40]] = torch.tensor([torch.inf, torch.nan, torch.inf]).to(device, dtype)
     expected = [7, 5002, 4999, 11, int(logits[4].argmax())]
     end_tokens = torch.tensor([expected[1], 4, expected[4]][:ends], device=device)
     pad = torch.tensor(3, device=device)

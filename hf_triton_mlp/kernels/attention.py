@@ -37,7 +37,8 @@ def load_rotated(ptr, cos, sin, offs_d, D):
     half = D // 2
     x = widen(tl.load(ptr + offs_d, mask=mask_d, other=0.0))
     first = offs_d < half
-    turned = widen(tl.load(ptr + tl.where(first, offs_d + half, offs_d - half), mask=mask_d))
+    offs = tl.where(first, offs_d + half, offs_d - half)
+    turned = widen(tl.load(ptr + offs, mask=mask_d, other=0.0))
     return x * cos + tl.where(first, -turned, turned) * sin
 
 

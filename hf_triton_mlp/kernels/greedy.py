@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+#: The greatest number of float32, in the place of infinity, which stands for NaN.
+MOST = tl.constexpr(3.4028234663852886e38)
+
 
 @triton.jit
 def greatest_logits_kernel(
@@ -27,7 +30,7 @@ def greatest_logits_kernel(
         gdc_launch_dependents()
     logits_ptr += text.to(tl.int64) * stride_logits
     logits = tl.load(logits_ptr + offs, mask=offs < vocabulary, other=float("-inf")).to(tl.float32)
-    logits = tl.where(logits != logits, float("inf"), logits)
+    logits = tl.where(logits != logits, float("inf"), tl.minimum(logits, MOST))
     value, place = tl.max(logits, axis=0, return_indices=True, return_indices_tie_break_left=True)
     out = text * tl.num_programs(0) + chunk
     tl.store(values_ptr + out, value)
