@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
+from hf_triton_mlp.patches import llama
 from test_compile import CUOBJDUMP, SHARED, check_compiles
 from torch import Tensor
 from transformers.masking_utils import (
@@ -23,7 +24,6 @@ from hf_triton_mlp import attention, decoding, graph_decode, patch_model
 from hf_triton_mlp.attention import CannotFuse, attention_launches, decode_attention
 from hf_triton_mlp.capture import DecodeCache, captures_of
 from hf_triton_mlp.kernels import INTERPRETED
-from hf_triton_mlp.patches import llama
 from hf_triton_mlp.reading import is_original
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
