@@ -43,8 +43,8 @@ class FusedBloomBlock(FusedLayer):
             )
         normed = self.input_layernorm(hidden_states)
         residual = normed if self.apply_residual_connection_post_layernorm else hidden_states
-        ours = is_original(self.self_attention, f"{MODULE}.BloomAttention")
-        if ours and attention.is_deferred(layer_past):
+        in_step = attention.is_deferred(layer_past)
+        if in_step and is_original(self.self_attention, f"{MODULE}.BloomAttention"):
             return rest(self.attend(normed, layer_past, attention_mask, alibi), residual), None
         attended, weights = self.self_attention(
             normed,

@@ -43,7 +43,7 @@ SHAPES = [
 
 
 #: Families that the interpreter would take too long for.
-FURTHER = ["opt", "llama", "qwen3"]
+FURTHER = ["gpt2", "opt", "llama", "qwen3"]
 
 
 def rotated(
@@ -225,7 +225,7 @@ def test_replaced_attentions(family: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_kernels
-@pytest.mark.parametrize("family", ["gpt2", "bloom", *([] if INTERPRETED else FURTHER)])
+@pytest.mark.parametrize("family", ["bloom", *([] if INTERPRETED else FURTHER)])
 def test_steps_attend_in_it(family: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "ON_CPU", True)
     model: Any = tiny.build(family).to(device)
