@@ -50,7 +50,7 @@ def aligned(matrix: Tensor) -> bool:
 
 def describe(matrix: Tensor, block: tuple[int, int]) -> TensorDescriptor:
     """A matrix in blocks of (rows, columns)."""
-    return _descriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(block))
 
 
 def describe_weights(
@@ -68,17 +68,4 @@ def describe_weights(
         distance = abs(gate.data_ptr() - weight.data_ptr()) // weight.itemsize
         count = 2
     shape, strides = [count, *weight.shape], [distance, *weight.stride()]
-    return _descriptor(first, shape, strides, [count, block_n, block_k]), place
-
-
-def _descriptor(
-    base: Tensor, shape: list[int], strides: list[int], block: list[int]
-) -> TensorDescriptor:
-    """TensorDescriptor(base, shape, strides, block) without its checks.
-
-    Five of them cost the host as much as the rest of an MLP; `addressable` has looked already.
-    """
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base, descriptor.shape, descriptor.strides = base, shape, strides
-    descriptor.block_shape = block
-    return descriptor
+    return TensorDescriptor(first, shape, strides, [count, block_n, block_k]), place
