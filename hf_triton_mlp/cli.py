@@ -49,6 +49,11 @@ PROMPTS = (
 
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if any")]
 NewTokens = Annotated[int, typer.Option(min=1, help="greedy tokens to compare")]
+Seconds = Annotated[float, typer.Option(help="start no cell after so many")]
+Record = Annotated[
+    Path | None, typer.Option("--json", help="the record; cells that it holds already are kept")
+]
+Plot = Annotated[Path | None, typer.Option(help="draw a plot here (needs matplotlib)")]
 
 
 @app.command()
@@ -180,11 +185,9 @@ def bench_mlp(
     rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float16, bfloat16 or both")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile too, which takes longest")] = True,
-    seconds: Annotated[float, typer.Option(help="start no cell after so many")] = math.inf,
-    output: Annotated[
-        Path | None, typer.Option("--json", help="the record; cells that it holds already are kept")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw a plot here (needs matplotlib)")] = None,
+    seconds: Seconds = math.inf,
+    output: Record = None,
+    plot: Plot = None,
 ) -> None:
     """Time one layer's residual + norm + MLP + residual, ours and everyone's."""
     with _errors_in_one_line():
@@ -250,11 +253,9 @@ def bench_generate_(
         ),
     ] = True,
     rounds: Annotated[int, typer.Option(min=2, help="calls of each contender")] = 5,
-    seconds: Annotated[float, typer.Option(help="start no cell after so many")] = math.inf,
-    output: Annotated[
-        Path | None, typer.Option("--json", help="the record; cells that it holds already are kept")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="draw a plot here (needs matplotlib)")] = None,
+    seconds: Seconds = math.inf,
+    output: Record = None,
+    plot: Plot = None,
 ) -> None:
     """Time whole calls of generate(), ours and transformers', and compare their texts."""
     with _errors_in_one_line():

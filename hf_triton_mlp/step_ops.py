@@ -204,7 +204,17 @@ def choose_greedily(
     batch): both of them; length () and positions (batch, 1) go up by one. Two launches.
     """
     if not kernels_apply(logits) or logits.stride(-1) != 1:
-        return _choose_greedily(logits, token, ends, pad, unfinished, report, length, positions)
+        tokens = logits.argmax(dim=-1)
+        if ends.numel():
+            tokens = torch.where(unfinished, tokens, pad)
+            unfinished &= (tokens[:, None] != ends).all(dim=-1)
+        token.copy_(tokens[:, None])
+        report[0].copy_(tokens)
+        report[1].copy_(unfinished)
+        length += 1
+        if positions is not None:
+            positions += 1
+        return
     batch, vocabulary = logits.shape
     chunks = triton.cdiv(vocabulary, BLOCK)
     values = torch.empty((batch, chunks), dtype=torch.float32, device=logits.device)
@@ -239,25 +249,3 @@ def choose_greedily(
                 pdl=pdl,
             )
         )
-
-
-def _choose_greedily(
-    logits: Tensor,
-    token: Tensor,
-    ends: Tensor,
-    pad: Tensor,
-    unfinished: Tensor,
-    report: Tensor,
-    length: Tensor,
-    positions: Tensor | None,
-) -> None:
-    tokens = logits.argmax(dim=-1)
-    if ends.numel():
-        tokens = torch.where(unfinished, tokens, pad)
-        unfinished &= (tokens[:, None] != ends).all(dim=-1)
-    token.copy_(tokens[:, None])
-    report[0].copy_(tokens)
-    report[1].copy_(unfinished)
-    length += 1
-    if positions is not None:
-        positions += 1
