@@ -183,8 +183,7 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
         if linear.M <= SKINNY_ROWS:
             return _choose_skinny(linear, pdl)
         if linear.M <= DECODE_ROWS:
-            # IEEE products run on the FMA units: a small tile keeps the accumulator in registers.
-            return Plan(kernel="tiled", block_m=16, block_n=32, block_k=64, num_stages=3, pdl=pdl)
+            return _choose_float32(linear, pdl)
         return Plan(kernel="library", pdl=pdl)
     if linear.M == 1:
         return _choose_skinny(linear, pdl)
@@ -244,9 +243,7 @@ def _choose_tiled(linear: Linear, pdl: bool) -> Plan:
         return Plan(kernel="library", pdl=pdl)
     deep = linear.M <= 64 and not linear.gated
     tiles = -(-linear.M // 64) * -(-linear.N // 64)
-    splits = 1
-    while splits < 8 and 2 * splits * tiles <= BUSY_PROGRAMS * (1 if deep else 2):
-        splits *= 2
+    splits = _splits(tiles, BUSY_PROGRAMS * (1 if deep else 2))
     # Three stages of 32 KiB, or four of up to 24, are what a GPU with 99 KiB a block holds.
     return Plan(
         kernel="tiled",
@@ -258,6 +255,34 @@ def _choose_tiled(linear: Linear, pdl: bool) -> Plan:
         splits=splits,
         pdl=pdl,
     )
+
+
+def _choose_float32(linear: Linear, pdl: bool) -> Plan:
+    """IEEE products run on the FMA units: a small tile keeps the accumulator in registers.
+
+    Parts of K add up with smaller errors than one sum over all of it, too.
+    """
+    depth = 64
+    splits = min(_splits(-(-linear.N // 32), BUSY_PROGRAMS), _floor_power_of_2(linear.K // depth))
+    return Plan(
+        kernel="tiled",
+        block_m=16,
+        block_n=32,
+        block_k=depth,
+        num_stages=3,
+        splits=splits,
+        pdl=pdl,
+    )
+
+
+def _splits(tiles: int, programs: int) -> int:
+    """In how many parts, up to 8, so many programs can share each tile's depth."""
+    return min(8, _floor_power_of_2(programs // tiles))
+
+
+def _floor_power_of_2(number: int) -> int:
+    """The largest power of two up to number; 1 for 0."""
+    return 1 << max(number.bit_length() - 1, 0)
 
 
 # --- measured plans ---------------------------------------------------------------------------
