@@ -38,6 +38,8 @@ MOST_NORMS = 2048
 #: Logits that one program looks through.
 BLOCK = 2048
 
+INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
+
 
 _state = threading.local()
 
@@ -45,8 +47,9 @@ _state = threading.local()
 class StepOperations(TorchFunctionMode):
     """Within it, PyTorch's functions are computed as a captured step wants them.
 
-    Tensors made of Python's numbers are made once, since a capture cannot copy them (BLOOM's and
-    Falcon's ALiBi start from such a number). With `ours`, linear layers and norms are our kernels.
+    Tensors made of Python's numbers, and of lists of them in an index, are made once, since a
+    capture cannot copy them (BLOOM's and Falcon's ALiBi start from such a number, Falcon's keys
+    from such a list). With `ours`, linear layers and norms are our kernels.
     """
 
     def __init__(self) -> None:
@@ -67,13 +70,25 @@ class StepOperations(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is torch.tensor and args and _are_numbers(args[0]):
-            key = repr((args, sorted(kwargs.items())))
-            if key not in self._constants:
-                self._constants[key] = function(*args, **kwargs)
-            return self._constants[key].clone()  # which may be written
+            return self._constant(*args, **kwargs).clone()  # which may be written
+        if function in INDEXING and isinstance(args[1], (list, tuple)):
+            args = args[0], self._index(args[1], args[0].device), *args[2:]
         compute = OURS.get(function) if self.ours else None
         found = None if compute is None else compute(*args, **kwargs)
         return function(*args, **kwargs) if found is None else found
+
+    def _constant(self, *args: Any, **kwargs: Any) -> Tensor:
+        key = repr((args, sorted(kwargs.items())))
+        if key not in self._constants:
+            self._constants[key] = torch.tensor(*args, **kwargs)
+        return self._constants[key]
+
+    def _index(self, index: Any, device: torch.device) -> Any:
+        """The index, with tensors instead of lists of numbers."""
+        if isinstance(index, list):
+            known = len(index) > 0 and _are_numbers(index)
+            return self._constant(index, device=device) if known else index
+        return tuple(self._index(e, device) if isinstance(e, list) else e for e in index)
 
 
 def _are_numbers(data: Any) -> bool:

@@ -91,7 +91,12 @@ class TokenDifference:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """One batch of prompts: logits and each hidden state (embeddings first), greedy tokens."""
+    """One batch of prompts: logits and each hidden state (embeddings first), greedy tokens.
+
+    Errors of a hidden state are in units of its RMS at each position, which the next norm divides
+    by: the first positions of many models have a value a thousand times as large as all others, the
+    rounding of which would otherwise be the whole error.
+    """
 
     case: str
     logits: Errors
@@ -133,9 +138,9 @@ def validate(
 
     The reference is the original in float32, or in float64 when the dtype is float32 (whose own
     error would otherwise be nothing). It passes when, in every case, maximum and RMS error of
-    the logits and RMS error of each hidden state are at most ERROR_RATIO times torch's own (or
-    within one rounding), the perplexities agree
-    within PERPLEXITY_TOLERANCE and, in float32, all greedy tokens are equal; in half precision a
+    the logits and RMS error of each hidden state (relative to its size at each position) are at
+    most ERROR_RATIO times torch's own, or within one rounding, the perplexities agree within
+    PERPLEXITY_TOLERANCE and, in float32, all greedy tokens are equal; in half precision a
     different token is reported with the original's logit margin there.
     Raises ValueError when both models are one object, when the original is a patched model, and
     when the inputs hold no prompts that leave room for the new tokens.
@@ -254,11 +259,20 @@ def _reference_outputs(model: Any, case: Mapping[str, Tensor]) -> tuple[Tensor, 
     return tuple(torch.cat(tensors) for tensors in zip(*rows, strict=True))
 
 
-def _errors(original: Tensor, patched: Tensor, expected: Tensor, dtype: torch.dtype) -> Errors:
-    """Where torch's own value is NaN or infinite there is nothing to compare with."""
+def _errors(
+    original: Tensor, patched: Tensor, expected: Tensor, dtype: torch.dtype, *, relative: bool
+) -> Errors:
+    """Where torch's own value is NaN or infinite there is nothing to compare with.
+
+    relative: in units of the RMS of the reference's row.
+    """
     finite = original.isfinite() & expected.isfinite()
     if patched.shape != original.shape or not finite.any():
         return Errors(math.nan, math.nan, math.inf, math.inf, 0.0, 0.0)
+    if relative:
+        size = expected.double().nan_to_num(0, 0, 0).square().mean(-1, keepdim=True).sqrt()
+        size = size.clamp(min=torch.finfo(dtype).tiny)
+        original, patched, expected = original / size, patched / size, expected / size
     original, patched, expected = original[finite], patched[finite], expected[finite]
 
     def distance(found: Tensor) -> tuple[float, float]:
@@ -286,7 +300,8 @@ def _validate_case(
             f"the original {len(own) - 1}"
         )
     logits, *hidden = (
-        _errors(*tensors, dtype) for tensors in zip(own, found, expected, strict=True)
+        _errors(*tensors, dtype, relative=index > 0)
+        for index, tensors in enumerate(zip(own, found, expected, strict=True))
     )
     greedy = {"do_sample": False, "num_beams": 1, "return_dict_in_generate": False}
     tokens = [

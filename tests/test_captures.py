@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-import transformers
 from test_decoding import assert_same, generate, text_model
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -416,8 +415,6 @@ def test_an_interrupted_capture(
 def test_a_forward_beside_a_step(family: str, name: str, device: str) -> None:
     """Another thread calls the model while a step is captured with our attention."""
     model, inputs = text_model(family, device), tiny.batch(device)
-    if not model._can_set_attn_implementation():
-        pytest.skip(f"{family}'s attention is its own in transformers {transformers.__version__}")
     model.set_attn_implementation(name)
     generate(model, inputs, ours=True)
     [step] = steps_of(model)

@@ -131,6 +131,23 @@ def test_constants(device: str) -> None:
     assert again.tolist() == last.tolist() == [1.0, 2.0] and other.tolist() == [1.0, 3.0]
 
 
+def test_lists_in_an_index(device: str) -> None:
+    """Python's lists are copied to the GPU, which a capture cannot do, at their first use alone."""
+    x = torch.arange(24, device=device).view(2, 3, 4)
+    indices = [[1], (..., [-2]), (slice(None), [0, 2], 1), (0, [True, False, True])]
+    expected = [x[index] for index in indices]
+    with StepOperations() as operations:
+        first = [x[index] for index in indices]
+        with Recorded() as recorded:
+            again = [x[index] for index in indices]
+        x[..., [-1]] = 0
+    for one, two, three in zip(expected, first, again, strict=True):
+        assert torch.equal(one, two) and torch.equal(one, three)
+    assert not x[..., -1].any()
+    assert len(operations._constants) == 5
+    assert not any("copy" in name or "lift" in name for name in recorded.names)
+
+
 def test_arrays_that_look_alike() -> None:
     one, other = np.arange(2000.0), np.arange(2000.0)
     other[1000] = -1

@@ -78,6 +78,20 @@ def test_a_broken_model_fails(
     assert any("logits: RMS error" in failure for failure in report.failures)
 
 
+def test_one_large_value_hides_nothing(model: Any, batch: dict[str, torch.Tensor]) -> None:
+    """Its rounding is larger than all the other errors, which matter at other positions."""
+    with torch.no_grad():
+        model.transformer.wpe.weight[0, 0] = 33333.3
+    model.to(torch.bfloat16)
+    other = patch_model(copy.deepcopy(model))
+    report = validate(model, other, batch)
+    assert report.passed, report.failures
+    with torch.no_grad():
+        other.transformer.h[0].mlp.c_proj.bias += 0.2
+    report = validate(model, other, batch)
+    assert any("hidden state 1: RMS error" in failure for failure in report.failures)
+
+
 def test_padding_does_not_count(model: Any, batch: dict[str, torch.Tensor]) -> None:
     """A model that is wrong at padded positions only is as good as the original."""
 
@@ -188,11 +202,11 @@ def test_values_that_are_not_finite(value: float) -> None:
     worse = own.clone()
     worse[0, 0] = value
     for patched, passes in ((own, True), (torch.full((2, 4), 0.5), True), (worse, False)):
-        errors = _errors(own, patched, expected, dtype)
+        errors = _errors(own, patched, expected, dtype, relative=False)
         assert errors.rms_within_bound == errors.max_within_bound == passes
         assert errors.torch_rms == 0.5
     nothing = torch.full((2, 4), value)
-    assert not _errors(nothing, nothing, expected, dtype).rms_within_bound
+    assert not _errors(nothing, nothing, expected, dtype, relative=False).rms_within_bound
 
 
 def test_nan_is_never_within_the_bound() -> None:
