@@ -1,4 +1,4 @@
-"""Decode steps whose launches are bound: to addresses of weights, and to compiled kernels."""
+"""MLPs whose launches are bound: to addresses of weights, and to compiled kernels."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from triton.knobs import runtime
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp.driver import relauncher
 from hf_triton_mlp.launchers import (
@@ -14,6 +15,7 @@ from hf_triton_mlp.launchers import (
     Launch,
     Norm,
     Summands,
+    executable,
     launch,
     linear_launch,
     norm_launch,
@@ -27,20 +29,24 @@ from hf_triton_mlp.launchers import (
 from hf_triton_mlp.reading import EPSILONS, has_own_forward
 from hf_triton_mlp.tuning import DECODE_ROWS, Plan
 
+#: How many numbers of rows (and kinds of calls) launches are bound for; older ones are dropped.
+MOST_BOUND = 64
+
 
 class BoundLaunches(NamedTuple):
-    """What `DecodeMLP` does for one number of rows, in work_bytes of memory of its own."""
+    """What `BoundMLP` does for one number of rows, in work_bytes of memory of its own."""
 
     launches: tuple[Callable[..., None], ...]
     work_bytes: int
     offsets: tuple[int, ...]
 
 
-class DecodeMLP:
-    """An MLP for a few rows as launches with everything bound but the addresses of the rows.
+class BoundMLP:
+    """An MLP as launches with everything bound but the addresses of the rows.
 
     What finding the plan, checking the tensors and looking the compiled kernels up costs the host
-    is paid once for each number of rows; a call costs two allocations and two or three launches.
+    is paid once for each number of rows; a call costs two allocations and a few launches. Numbers
+    up to DECODE_ROWS are bound at once; others, of prompts or large batches, when they come again.
     It is for plain calls: no gradients, no tracing, tensors of the weights' dtype on their device,
     and weights that are where they were: their addresses are kept, not the tensors.
     """
@@ -48,7 +54,9 @@ class DecodeMLP:
     def __init__(self, up: Tensor) -> None:
         self.intermediate, self.hidden = up.shape
         self.device_index, self.dtype = up.device.index, up.dtype
-        self._bound: dict[tuple[int, bool, bool, bool], BoundLaunches] = {}
+        #: None where the launches of every call have to do: a product is cuBLAS's, say.
+        self._bound: dict[tuple[int, bool, bool, bool], BoundLaunches | None] = {}
+        self._seen: set[int] = set()
 
     def __call__(
         self, input: Tensor, residual: Tensor | None, early: bool, normed: Tensor | None = None
@@ -106,7 +114,7 @@ class DecodeMLP:
         branch_norm: tuple[str, Tensor | None, Tensor | None, float] | None = None,
         early: bool,
     ) -> None:
-        """Bind the launches for calls with as many rows as these tensors have, if few.
+        """Bind the launches for calls with as many rows as these tensors have, if it is time to.
 
         norm: (kind, weight, bias, eps) in front of the MLP or None, as it is with `normed`;
         carry_normed as in `Norm`; branch_scale: as in MLPConfig; branch_norm: (kind, attention's
@@ -119,8 +127,11 @@ class DecodeMLP:
         for tensor in (input, residual, normed):
             if tensor is not None and (tensor.data_ptr() % 16 or not tensor.is_contiguous()):
                 return
-        if not 0 < M <= DECODE_ROWS:
+        if M == 0 or (M > DECODE_ROWS and not self._came_before(M)):
             return
+        while len(self._bound) >= MOST_BOUND:
+            self._bound.pop(next(iter(self._bound)), None)
+        self._bound[key] = None
         x = input.view(M, self.hidden)
         r = None if residual is None else residual.view(M, self.hidden)
         u = None if normed is None else normed.view(M, self.hidden)
@@ -128,8 +139,12 @@ class DecodeMLP:
             carry, norm_of_x, out = (torch.empty_like(x) for _ in range(3))
             hidden = x.new_empty((M, self.intermediate))
             work = [carry, norm_of_x, hidden]
+            joined = Summands(x, r)  # whatever joins is laid out as these are
             up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
-            down_plan = plan_linear(M, down[0])
+            up_plan = executable(up_plan, x, up[0], gate[0], joined)
+            down_plan = executable(plan_linear(M, down[0]), hidden, down[0], None, joined)
+            if "library" in (up_plan.kernel, down_plan.kernel):
+                return
             calls: list[Launch] = []
 
             def add(
@@ -189,21 +204,38 @@ class DecodeMLP:
             for tensor in work:
                 offsets.append(offsets[-1] + -(-tensor.nbytes // 128) * 128)
             moving = (x, r, u, out, *work)
-            self._bound[key] = BoundLaunches(
-                tuple([bind(call, moving) for call in calls]), offsets.pop(), tuple(offsets)
-            )
+            launches = [bind(call, moving) for call in calls]
+            if all(launches):
+                self._bound[key] = BoundLaunches(
+                    tuple(launches),  # pyright: ignore[reportArgumentType]
+                    offsets.pop(),
+                    tuple(offsets),
+                )
+
+    def _came_before(self, rows: int) -> bool:
+        """Whether so many rows came before, as far as is known; they have come now."""
+        before = rows in self._seen
+        if len(self._seen) >= 1024:
+            self._seen.clear()
+        self._seen.add(rows)
+        return before
 
 
-def bind(call: Launch, moving: tuple[Tensor | None, ...]) -> Callable[..., None]:
-    """Launch once; a function of (stream, addresses of the moving tensors) that launches again."""
+def bind(call: Launch, moving: tuple[Tensor | None, ...]) -> Callable[..., None] | None:
+    """Launch once; a function of (stream, addresses of the moving tensors) that launches again.
+
+    None where only `launch` can: with matrices that TMA reads, and a driver that is not known.
+    """
     compiled = launch(call)
     places = {id(tensor): i for i, tensor in enumerate(moving) if tensor is not None}
     arguments = (*call.tensors, *call.scalars, *call.constants)
-    moved = [places.get(id(argument)) for argument in arguments]
+    matrices = [a.base if isinstance(a, TensorDescriptor) else a for a in arguments]
+    moved = [places.get(id(matrix)) for matrix in matrices]
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return relauncher(compiled, call.grid, values, moved, len(moving)) or _triton_relauncher(
-        compiled, call.grid, values, moved
-    )
+    again = relauncher(compiled, call.grid, values, moved, len(moving))
+    if again is None and not any(isinstance(a, TensorDescriptor) for a in arguments):
+        again = _triton_relauncher(compiled, call.grid, values, moved)
+    return again
 
 
 def _triton_relauncher(
@@ -226,7 +258,7 @@ class BoundParts:
     """Decode launches, and the modules whose parameters they have the addresses of."""
 
     def __init__(
-        self, mlp: nn.Module, parts: list[nn.Module | None], norm_eps: float, launches: DecodeMLP
+        self, mlp: nn.Module, parts: list[nn.Module | None], norm_eps: float, launches: BoundMLP
     ) -> None:
         """parts: what `mlp` calls or reads; its own parameters are looked at too."""
         self.launches = launches

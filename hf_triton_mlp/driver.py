@@ -11,11 +11,22 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
 #: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION of cuda.h.
 PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 #: CUDA_ERROR_INVALID_CONTEXT of cuda.h.
 INVALID_CONTEXT = 201
+
+#: CUtensorMapDataType, and CU_TENSOR_MAP_L2_PROMOTION_L2_128B, of cuda.h.
+MATRIX_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+L2_PROMOTION = 2
+
+#: sizeof(CUtensorMap) of cuda.h, and what its address is a multiple of.
+MATRIX_BYTES = 128
+MATRIX_ALIGNMENT = 64
 
 #: How Triton's types of numbers are written, and how many bytes they take as parameters.
 SCALARS = {"i32": ("q", 4), "u32": ("q", 4), "i64": ("q", 8), "u64": ("Q", 8), "fp32": ("f", 4)}
@@ -47,6 +58,8 @@ class Driver(NamedTuple):
     parameter: Callable[..., int]
     current_context: Callable[..., int]
     use_context: Callable[..., int]
+    encode_matrix: Callable[..., int]
+    move_matrix: Callable[..., int]
 
 
 @cache
@@ -59,6 +72,8 @@ def cuda_driver() -> Driver | None:
             library.cuFuncGetParamInfo,
             library.cuCtxGetCurrent,
             library.cuCtxSetCurrent,
+            library.cuTensorMapEncodeTiled,
+            library.cuTensorMapReplaceAddress,
         )
     except (OSError, AttributeError):
         return None
@@ -87,6 +102,85 @@ def is_plain_kernel(metadata: Any) -> bool:
         return False
 
 
+class Matrix:
+    """What the tensor memory accelerator is told about a matrix, as a kernel's parameter.
+
+    `describe` in tma.py says what a descriptor is; Triton, which of its blocks are copied, and how
+    they lie in shared memory (`tensordesc_meta` of a compiled kernel).
+    """
+
+    def __init__(self, driver: Driver, descriptor: TensorDescriptor, blocks: Any) -> None:
+        """Raises ValueError where the driver refuses it."""
+        base, rank = descriptor.base, len(descriptor.shape)
+        self._memory = (ctypes.c_uint8 * (MATRIX_BYTES + MATRIX_ALIGNMENT))()
+        start = ctypes.addressof(self._memory)
+        self.address = start + -start % MATRIX_ALIGNMENT
+        self._pointer, self._move = ctypes.c_void_p(self.address), driver.move_matrix
+        steps = [base.element_size() * stride for stride in descriptor.strides[-2::-1]]
+        error = driver.encode_matrix(
+            self._pointer,
+            MATRIX_TYPES[base.dtype],
+            rank,
+            ctypes.c_void_p(base.data_ptr()),
+            (ctypes.c_uint64 * rank)(*reversed(descriptor.shape)),
+            (ctypes.c_uint64 * rank)(*steps),
+            (ctypes.c_uint32 * rank)(*reversed(blocks["block_size"])),
+            (ctypes.c_uint32 * rank)(*rank * [1]),
+            0,  # not interleaved
+            blocks["swizzle"],
+            L2_PROMOTION,
+            0,  # zeros out of bounds
+        )
+        if error:
+            raise ValueError(f"CUDA error {error} when describing a matrix")
+
+    def move(self, address: int) -> int:
+        """Let the matrix be at another address; CUDA's error."""
+        return self._move(self._pointer, ctypes.c_void_p(address))
+
+
+class Parameter(NamedTuple):
+    """What a kernel is given: a number (of this form, so many bytes), an address, or a matrix.
+
+    place: its index among the addresses that move; None if it stays.
+    """
+
+    form: str
+    size: int
+    value: Any
+    place: int | None = None
+
+
+def parameters_of(
+    driver: Driver, compiled: Any, values: Sequence[Any], moved: Sequence[int | None]
+) -> list[Parameter] | None:
+    """A kernel's parameters in order, as `relauncher` is given its arguments; None if unknown."""
+    matrices = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    found: list[Parameter] = []
+    types = compiled.src.signature.values()
+    for kind, value, place in zip(types, values, moved, strict=True):
+        if kind == "constexpr":
+            continue
+        if kind.startswith("*"):
+            found.append(Parameter("Q", 8, value, place))
+        elif kind in SCALARS:
+            found.append(Parameter(*SCALARS[kind], value, place))
+        elif kind.startswith("tensordesc"):
+            blocks = next(matrices, None)
+            if blocks is None:
+                return None
+            try:
+                matrix = Matrix(driver, value, blocks)
+            except (KeyError, ValueError):
+                return None
+            found.append(Parameter("", MATRIX_BYTES, matrix, place))
+            found += [Parameter("q", 4, size) for size in value.shape]
+            found += [Parameter("q", 8, stride) for stride in value.strides]
+        else:
+            return None
+    return found
+
+
 def relauncher(
     compiled: Any,
     grid: Sequence[int],
@@ -97,44 +191,48 @@ def relauncher(
     """A function of (stream, so many addresses) that launches a compiled kernel again.
 
     values: the kernel's arguments in order, tensors as addresses; moved: for each its index among
-    the addresses, None if it stays. None when this kernel takes anything but pointers and plain
-    numbers, or other parameters than its signature says: then Triton's launcher has to do it.
-    The current context has to be the kernel's.
+    the addresses, None if it stays. None when this kernel takes anything but pointers, plain
+    numbers and descriptors of matrices, or other parameters than its signature says: then Triton's
+    launcher has to do it. The current context has to be the kernel's.
     """
     driver, metadata = cuda_driver(), compiled.metadata
-    types = tuple(compiled.src.signature.values())
-    if driver is None or len(types) != len(values) or not is_plain_kernel(metadata):
+    if (
+        driver is None
+        or len(compiled.src.signature) != len(values)
+        or not is_plain_kernel(metadata)
+    ):
         return None
-    cells = (ctypes.c_uint64 * (addresses + len(values) + 1))()
-    places: list[int] = []
-    sizes: list[int] = []
-    for i, (kind, value, place) in enumerate(zip(types, values, moved, strict=True)):
-        if kind == "constexpr":
-            continue
-        form, size = ("Q", 8) if kind.startswith("*") else SCALARS.get(kind, ("", 0))
-        if not form:
-            return None
-        if place is None:
-            place = addresses + i
-            struct.pack_into(form, cells, 8 * place, value)
-        places.append(place)
-        sizes.append(size)
+    wanted = parameters_of(driver, compiled, values, moved)
+    if wanted is None:
+        return None
     function = ctypes.c_void_p(compiled.function)
-    found = parameter_sizes(driver, function)
-    # Triton adds pointers to scratch memory, which there is none of: the last cell is null.
+    sizes, found = [each.size for each in wanted], parameter_sizes(driver, function)
+    # Triton adds pointers to scratch memory, which there is none of: null.
     scratch = len(found) - len(sizes)
     if scratch not in (0, 1, 2) or found != sizes + scratch * [8]:
         return None
-    places += scratch * [len(cells) - 1]
+    wanted += scratch * [Parameter("Q", 8, 0)]
 
+    cells = (ctypes.c_uint64 * (addresses + len(wanted)))()
     start = ctypes.addressof(cells)
-    parameters = (ctypes.c_void_p * len(places))(*[start + 8 * place for place in places])
+    parameters = (ctypes.c_void_p * len(wanted))()
+    moving_matrices: list[tuple[Callable[[int], int], int]] = []
+    for i, (form, _, value, place) in enumerate(wanted):
+        if isinstance(value, Matrix):
+            parameters[i] = value.address
+            if place is not None:
+                moving_matrices.append((value.move, place))
+        elif place is not None:
+            parameters[i] = start + 8 * place
+        else:
+            parameters[i] = start + 8 * (addresses + i)
+            struct.pack_into(form, cells, 8 * (addresses + i), value)
     config = LaunchConfig(tuple(grid), (32 * metadata.num_warps, 1, 1), metadata.shared)
     attribute = LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, (1,))
     config.attributes = ctypes.pointer(attribute)
     config.attribute_count = int(metadata.launch_pdl)
     write = struct.Struct(f"{addresses}Q").pack_into
-    launch, lock = driver.launch, threading.Lock()
+    lock = threading.Lock()
     arguments = (
         ctypes.c_void_p(ctypes.addressof(config)),
         function,
@@ -143,19 +241,26 @@ def relauncher(
     )
     context = ctypes.c_void_p()
     driver.current_context(ctypes.byref(context))
-    use_context, name = driver.use_context, compiled.name
+    launch, use_context, name = driver.launch, driver.use_context, compiled.name
+
+    def attempt(moving: Sequence[int]) -> int:
+        for move, place in moving_matrices:
+            error = move(moving[place])
+            if error:
+                return error
+        return launch(*arguments)
 
     def launch_again(stream: int, moving: Sequence[int]) -> None:
         with lock:
             write(cells, 0, *moving)
             config.stream = stream
-            error = launch(*arguments)
+            error = attempt(moving)
             if error == INVALID_CONTEXT:  # the first use of CUDA in this thread
                 use_context(context)
-                error = launch(*arguments)
+                error = attempt(moving)
         if error:
             raise RuntimeError(f"CUDA error {error} when launching {name}")
 
     # What is pointed to lives as long: the kernel in its module, the memory of the parameters.
-    launch_again.keep = compiled, parameters  # pyright: ignore[reportFunctionMemberAccess]
+    launch_again.keep = compiled, parameters, wanted  # pyright: ignore[reportFunctionMemberAccess]
     return launch_again

@@ -203,10 +203,7 @@ def linear(
     if norm is not None and not plan.fuses_norm:
         x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
         norm, summands, waited = None, NO_SUMMANDS, True
-    if plan.kernel == "persistent" and not addressable(
-        x, weight, gate[0], (summands.add, summands.add2)
-    ):
-        plan = tuning.choose(linear_of(M, weight, gate[0] is not None), gpu(weight.device.index)[1])
+    plan = executable(plan, x, weight, gate[0], summands)
     if plan.kernel == "library":
         return library_linear(x, weight, bias, gate, activation, summands)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -345,6 +342,16 @@ def library_linear(
 def plan_linear(M: int, weight: Tensor, *, gated: bool = False) -> Plan:
     """How M rows times weight (N, K) run on its device."""
     return tuning.plan(linear_of(M, weight, gated), *gpu(weight.device.index))
+
+
+def executable(
+    plan: Plan, x: Tensor, weight: Tensor, gate: Tensor | None, summands: Summands
+) -> Plan:
+    """The plan, or another one where TMA cannot address these."""
+    if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
+        return plan
+    linear = linear_of(x.shape[0], weight, gate is not None)
+    return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
 def linear_of(M: int, weight: Tensor, gated: bool) -> Linear:

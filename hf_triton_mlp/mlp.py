@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from hf_triton_mlp.bound import BoundParts, DecodeMLP
+from hf_triton_mlp.bound import BoundMLP, BoundParts
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.ops import (
     DTYPES,
@@ -540,7 +540,7 @@ class TritonMLP(StandIn):
         """Bind decode launches for this number of rows to these weights, which are known to fit."""
         config, parts = self.mlp_config, self._parts(norm, projections, branch_norms)
         if self._bound is None or not self._bound.unchanged(parts):
-            self._bound = BoundParts(self, parts, config.norm_eps, DecodeMLP(weights.up))
+            self._bound = BoundParts(self, parts, config.norm_eps, BoundMLP(weights.up))
         w, kind, branch_kind = weights, self._mlp_gemm.norm, config.branch_norm
         before = branches = None
         if self._has_norms(norm, branch_norms):

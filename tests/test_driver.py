@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp import MLPConfig, TritonMLP, driver
 from hf_triton_mlp.driver import Driver, LaunchConfig, relauncher
@@ -31,6 +32,7 @@ class Listener:
     errors: list[int] = field(default_factory=list)
     context: int | None = 0x77
     launches: list[dict[str, Any]] = field(default_factory=list)
+    matrices: list[tuple[Any, ...]] = field(default_factory=list)
 
     def parameter(self, function: Any, index: Any, offset: Any, size: Any) -> int:
         if index.value >= len(self.sizes):
@@ -68,11 +70,23 @@ class Listener:
         self.context = context.value
         return 0
 
+    def encode_matrix(self, matrix: Any, kind: int, rank: int, base: Any, *rest: Any) -> int:
+        """What is written here in the place of a description: the address alone."""
+        ctypes.memmove(matrix, struct.pack("<Q", base.value), 8)
+        assert matrix.value % 64 == 0
+        sizes, steps, block, each, *constants = rest
+        self.matrices.append((kind, [*sizes], [*steps][: rank - 1], [*block], [*each], *constants))
+        return 0
+
+    def move_matrix(self, matrix: Any, address: Any) -> int:
+        ctypes.memmove(matrix, struct.pack("<Q", address.value), 8)
+        return 0
+
 
 @pytest.fixture
 def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
     found = Listener([*SIZES, 8, 8])
-    listening = Driver(found.launch, found.parameter, found.current_context, found.use_context)
+    listening = Driver(*(getattr(found, name) for name in Driver._fields))
     monkeypatch.setattr(driver, "cuda_driver", lambda: listening)
     yield found
 
@@ -115,6 +129,42 @@ def test_what_the_driver_gets(listener: Listener) -> None:
             "parameters": [struct.pack("<Q", address), *fixed],
             "extra": None,
         }
+
+
+def test_descriptions_of_matrices(listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = TensorDescriptor(
+        torch.zeros(6, 80, dtype=torch.bfloat16)[:, :64], [6, 64], [80, 1], [4, 32]
+    )
+    w = TensorDescriptor(torch.zeros(2, 8, 64, dtype=torch.float16), [2, 8, 64], [512, 64, 1],
+                         [2, 8, 64])  # fmt: skip
+    signature = {"x": "tensordesc<bf16[4, 32]>", "w": "tensordesc<fp16[2, 8, 64]>", "n": "i32"}
+    blocks = [{"block_size": [4, 32], "swizzle": 2}, {"block_size": [2, 8, 64], "swizzle": 3}]
+    kernel = compiled(tensordesc_meta=blocks)
+    kernel.src.signature = signature
+    listener.sizes = [128, 4, 4, 8, 8, 128, 4, 4, 4, 8, 8, 8, 4]
+    again = relauncher(kernel, (1, 1, 1), [x, w, 7], [0, None, None], 1)
+    assert again is not None
+    # cuda.h's numbers of types; sizes, distances and blocks from the innermost dimension on.
+    assert listener.matrices == [
+        (9, [64, 6], [160], [32, 4], [1, 1], 0, 2, 2, 0),
+        (6, [64, 8, 2], [128, 1024], [64, 8, 2], [1, 1, 1], 0, 3, 2, 0),
+    ]
+    for address in (0x7F00_0000_1000, 0x7F00_0000_2000):
+        again(0, [address])
+        found = listener.launches[-1]["parameters"]
+        assert [struct.unpack("<Q", found[i][:8])[0] for i in (0, 5)] == [
+            address,
+            w.base.data_ptr(),
+        ]
+        numbers = [struct.unpack("<i" if len(p) == 4 else "<q", p)[0] for p in found if len(p) < 9]
+        assert numbers == [6, 64, 80, 1, 2, 8, 64, 512, 64, 1, 7]
+    # An error of the driver, or a kernel compiled without descriptions: Triton has to launch it.
+    monkeypatch.setattr(listener, "encode_matrix", lambda *arguments: 1)
+    driver_that_fails = Driver(*(getattr(listener, name) for name in Driver._fields))
+    monkeypatch.setattr(driver, "cuda_driver", lambda: driver_that_fails)
+    assert relauncher(kernel, (1, 1, 1), [x, w, 7], [0, None, None], 1) is None
+    del kernel.metadata.tensordesc_meta
+    assert relauncher(kernel, (1, 1, 1), [x, w, 7], [0, None, None], 1) is None
 
 
 def test_no_attribute_without_programmatic_dependent_launch(listener: Listener) -> None:

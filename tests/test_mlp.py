@@ -16,11 +16,12 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import MLPConfig, TritonMLP
-from hf_triton_mlp.bound import BoundParts, DecodeMLP
+from hf_triton_mlp.bound import MOST_BOUND, BoundMLP, BoundParts
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import Launch, launch
 from hf_triton_mlp.mlp import stand_in
+from hf_triton_mlp.tuning import DECODE_ROWS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 H, I = 24, 56  # noqa: E741
@@ -415,7 +416,7 @@ def test_bound_launches_notice_changes(name: str) -> None:
     def parts() -> list[nn.Module | None]:
         return layers.mlp._parts(layers.norm, None)
 
-    bound = BoundParts(layers.mlp, parts(), layers.norm.eps, DecodeMLP(layers.up.weight))
+    bound = BoundParts(layers.mlp, parts(), layers.norm.eps, BoundMLP(layers.up.weight))
     assert bound.unchanged(parts())
     with torch.no_grad():
         layers.up.weight.mul_(2)  # read by its address
@@ -427,7 +428,7 @@ def test_bound_launches_notice_changes(name: str) -> None:
 def test_bound_launches_notice_another_epsilon_of_an_rms_norm() -> None:
     layers, norm = InModel(H, I, "cpu", torch.float32), LlamaRMSNorm(H, eps=1e-5)
     parts = layers.mlp._parts(norm, None)
-    bound = BoundParts(layers.mlp, parts, 1e-5, DecodeMLP(layers.up.weight))
+    bound = BoundParts(layers.mlp, parts, 1e-5, BoundMLP(layers.up.weight))
     assert bound.unchanged(parts)
     norm.variance_epsilon = 1e-6
     assert not bound.unchanged(parts)
@@ -436,7 +437,7 @@ def test_bound_launches_notice_another_epsilon_of_an_rms_norm() -> None:
 def test_another_norm_than_the_one_bound() -> None:
     layers = InModel(H, I, "cpu", torch.float32)
     bound = BoundParts(
-        layers.mlp, layers.mlp._parts(layers.norm, None), 1e-5, DecodeMLP(layers.up.weight)
+        layers.mlp, layers.mlp._parts(layers.norm, None), 1e-5, BoundMLP(layers.up.weight)
     )
     assert not bound.unchanged(layers.mlp._parts(nn.LayerNorm(H), None))
     assert not bound.unchanged(layers.mlp._parts(None, None))
@@ -477,7 +478,7 @@ def test_launches_that_are_bound_beside_an_attention(
     w = mlp._own_weights()
     attention, residual, normed = torch.randn(3, tokens, 64)
     with torch.no_grad():
-        DecodeMLP(w.up).bind(
+        BoundMLP(w.up).bind(
             attention, residual, normed,
             (w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias),
             activation=mlp.mlp_config.activation, norm=None, carry_normed=False, branch_scale=1.0,
@@ -500,7 +501,7 @@ def test_launches_that_are_bound_with_branch_norms(
         hidden_size=H, intermediate_size=I, norm=norm, branch_norm="rms_norm", gated=True
     )
     mlp = randomized(TritonMLP(config))
-    mlp._bound = BoundParts(mlp, mlp._parts(None, None), 1e-5, DecodeMLP(mlp._own_weights().up))
+    mlp._bound = BoundParts(mlp, mlp._parts(None, None), 1e-5, BoundMLP(mlp._own_weights().up))
     attention, r = torch.randn(2, 3, H)
     residual = r if summand else None
     with torch.no_grad():
@@ -517,7 +518,7 @@ def test_a_call_without_the_norm_of_the_config_binds_none(monkeypatch: pytest.Mo
     assert weights is not None
     found: list[object] = []
     monkeypatch.setattr(
-        DecodeMLP, "bind", lambda self, *arguments, norm, **named: found.append(norm)
+        BoundMLP, "bind", lambda self, *arguments, norm, **named: found.append(norm)
     )
     x = torch.randn(1, H)
     layers.mlp._bind(x, x, None, weights, layers.norm, None, None, False)
@@ -539,8 +540,13 @@ def test_calls_with_and_without_the_norm_of_the_config() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "dtype"),
+    [
+        *itertools.product((1, 2, 4, 8, 16), (torch.float16, torch.float32)),
+        *itertools.product((17, 32, 100), (torch.float16, torch.bfloat16)),
+    ],
+)
 def test_bound_launches_compute_the_same_bits(tokens: int, dtype: torch.dtype) -> None:
     layers = InModel(768, 3072, "cuda", dtype)
     a, r = torch.randn(2, tokens, 768, device="cuda", dtype=dtype)
@@ -548,8 +554,20 @@ def test_bound_launches_compute_the_same_bits(tokens: int, dtype: torch.dtype) -
     with torch.no_grad():
         first = layers(a, r)
         bound = layers.mlp._bound
-        assert bound is not None and bound.launches(a, r, False) is not None
+        assert bound is not None
+        if tokens > DECODE_ROWS:  # bound when it comes again
+            assert bound.launches(a, r, False) is None
+            assert torch.equal(layers(a, r), first)
+        assert bound.launches(a, r, False) is not None
         assert torch.equal(layers(a, r), first)
+        # Rows elsewhere, and the memory of what is between as the caching allocator gives it.
+        others = [torch.randn_like(a) for _ in range(3)]
+        expected = [
+            layers.mlp._mlp_gemm(b, layers.mlp._weights(layers.norm, None), r) for b in others
+        ]
+        held = [torch.empty(1000, device="cuda") for _ in range(3)]
+        assert all(torch.equal(layers(b, r), e) for b, e in zip(others, expected, strict=True))
+        del held
         # Where they do not apply, the launches of every call do.
         assert bound.launches(odd, r, False) is None
         torch.testing.assert_close(layers(odd, r), first, rtol=1e-2, atol=1e-2)
@@ -565,6 +583,18 @@ def test_bound_launches_compute_the_same_bits(tokens: int, dtype: torch.dtype) -
             rest = layers.mlp.fuse(r, layers.norm)
             assert rest is not None and torch.equal(rest(a, r), first)
         assert bound.launches(a, r, True) is not None
+
+
+@pytest.mark.gpu
+def test_numbers_of_rows_that_launches_are_bound_for() -> None:
+    layers = InModel(768, 3072, "cuda", torch.float16)
+    with torch.no_grad():
+        for tokens in (*range(17, 17 + 2 * MOST_BOUND), 500):  # cuBLAS computes 500
+            for _ in range(2):
+                layers(torch.randn(tokens, 768, device="cuda", dtype=torch.float16))
+    bound = layers.mlp._bound
+    assert bound is not None and len(bound.launches._bound) == MOST_BOUND
+    assert [key[0] for key, launches in bound.launches._bound.items() if launches is None] == [500]
 
 
 @pytest.mark.gpu

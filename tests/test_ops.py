@@ -219,7 +219,7 @@ def test_bound_launches_scale_it_too(
     weights = mlp_weights(40, 48, torch.float16, "cpu", gated=True, bias=False)
     x, r = torch.randn(2, 2, 40).to(weights.up)
     summand = r if residual else None
-    bound.DecodeMLP(weights.up).bind(
+    bound.BoundMLP(weights.up).bind(
         x,
         summand,
         None,
