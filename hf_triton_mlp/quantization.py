@@ -1,0 +1,306 @@
+"""Weights in 8 and 4 bits: how they are quantized, packed and read back.
+
+A weight (out, in) is codes, and for each group of `group_size` codes of a row a scale: the value
+is (code - zero) * scale, where the zero is 0 unless the format is asymmetric. Groups never cross
+rows; the last of a row may be shorter. What is quantized is divided by the scale as it is stored,
+so that a scale's own rounding costs no accuracy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Largest code of each symmetric format. Int4's -8 stays unused, int8's -128 too.
+LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+
+#: Int4 codes are stored plus 8, asymmetric ones as they are: 0 to 15.
+INT4_OFFSET = 8
+INT4_CODES = 16
+
+#: Int4 codes in one int32. Code 2i of a word is its bits 4i to 4i + 3, code 2i + 1 those 16 above:
+#: one mask takes two neighbours out as the low bits of two halves.
+INT4_PER_WORD = 8
+INT4_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+
+#: A row's only scale is float32; there are enough of groups' that their bytes count. Bfloat16 has
+#: float32's range (a float16 model's scales would not all be normal float16), zeros are small.
+ROW_SCALE, GROUP_SCALE, GROUP_ZERO = torch.float32, torch.bfloat16, torch.float16
+
+#: Half-quadratic quantization's own constants: the exponent of its norm, the first weight of its
+#: quadratic term, by what that grows, and how often it repeats.
+HQQ_NORM, HQQ_BETA, HQQ_GROWTH, HQQ_STEPS = 0.7, 10.0, 1.01, 20
+
+#: Rows that are quantized at a time take about this much memory in float32.
+CHUNK_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """What weights become.
+
+    format: "int8", "int4" or "fp8" (e4m3fn).
+    group_size: codes of a row that share a scale; None for the whole row. Int4 has 32, 64 or 128,
+    fp8 whole rows.
+    symmetric: codes on both sides of 0; False, for int4, for a zero of each group.
+    refine: let half-quadratic quantization choose int4's scales, or zeros if there are any (Badri
+    and Shaji 2023, https://mobiusml.github.io/hqq_blog/): it needs no data, and makes most errors
+    smaller at the cost of the largest. False: round to nearest.
+    Raises ValueError for anything else.
+    """
+
+    format: Literal["int8", "int4", "fp8"] = "int4"
+    group_size: int | None = None
+    symmetric: bool = True
+    refine: bool = False
+
+    def __post_init__(self) -> None:
+        if self.format not in LARGEST:
+            raise ValueError(f"format is {self.format!r}, supported: {', '.join(LARGEST)}")
+        size = self.group_size
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"group_size is {size!r}, supported: None and positive integers")
+        if self.format == "int4" and size not in (32, 64, 128):
+            raise ValueError(f"group_size is {size!r}; int4 has groups of 32, 64 or 128")
+        if self.format == "fp8" and size is not None:
+            raise ValueError(f"group_size is {size}; fp8 has one scale for each row, so None")
+        if self.format != "int4" and not (self.symmetric and not self.refine):
+            raise ValueError(f"{self.format} is symmetric and rounds to nearest; int4 has more")
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight (out, in) in the form that kernels read.
+
+    codes: int8 or float8_e4m3fn (out, in), or int4 in words, int32 (out, ⌈in / 8⌉).
+    scales: (out, groups), float32 for whole rows, else bfloat16; zeros: (out, groups), float16, or
+    None. shape: (out, in); group_size: `in` for whole rows.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    shape: tuple[int, int]
+    group_size: int
+
+    @property
+    def format(self) -> str:
+        """As in QuantizationConfig."""
+        return {torch.int8: "int8", torch.int32: "int4"}.get(self.codes.dtype, "fp8")
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that it stands for, computed in float32."""
+        values = self.codes.float() if self.format != "int4" else self._int4_values()
+        scales, zeros = self.scales.float(), self.zeros
+        if zeros is not None:
+            values -= self._spread(zeros.float())
+        return (values * self._spread(scales)).to(dtype)
+
+    def _int4_values(self) -> Tensor:
+        codes = unpack_int4(self.codes, self.shape[1]).float()
+        return codes if self.zeros is not None else codes - INT4_OFFSET
+
+    def _spread(self, of_groups: Tensor) -> Tensor:
+        return of_groups.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
+
+
+def quantize(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
+    """The weight (out, in), of any floating dtype, in another format; on its device.
+
+    Rows are taken a few at a time, so that only these are ever there in float32.
+    Raises ValueError for infinite and NaN values, and TypeError where it is not a floating matrix.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise TypeError(f"expected a floating matrix, found {weight.dtype} {tuple(weight.shape)}")
+    out, size = weight.shape
+    rows = max(1, CHUNK_BYTES // (4 * max(size, 1)))
+    parts = [_quantize_rows(part, config) for part in weight.split(rows)]
+    zeros = [part.zeros for part in parts if part.zeros is not None]
+    return QuantizedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.scales for part in parts]),
+        torch.cat(zeros) if zeros else None,
+        (out, size),
+        parts[0].group_size,
+    )
+
+
+def _quantize_rows(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
+    out, size = weight.shape
+    values = weight.float()
+    if not values.isfinite().all():
+        wrong = int((~values.isfinite()).sum())
+        raise ValueError(f"{wrong} of {values.numel()} values are infinite or NaN")
+    group = config.group_size or size
+    groups = torch.nn.functional.pad(values, (0, -size % group)).view(out, -1, group)
+    stored = ROW_SCALE if config.group_size is None else GROUP_SCALE
+    quantizer = _asymmetric if not config.symmetric else _symmetric
+    codes, scales, zeros = quantizer(groups, config, stored)
+    codes = codes.view(out, -1)[:, :size]
+    if config.format == "fp8":
+        codes = codes.to(torch.float8_e4m3fn)
+    elif config.format == "int8":
+        codes = codes.to(torch.int8)
+    else:
+        codes = pack_int4(codes if zeros is not None else codes + INT4_OFFSET)
+    return QuantizedWeight(codes, scales, zeros, (out, size), group)
+
+
+def _symmetric(
+    groups: Tensor, config: QuantizationConfig, stored: torch.dtype
+) -> tuple[Tensor, Tensor, None]:
+    """(codes, scales, no zeros) of groups (out, groups, size): value = code * scale."""
+    largest = LARGEST[config.format]
+
+    def codes_for(scales: Tensor) -> Tensor:
+        codes = _divide(groups, scales[:, :, None]).clamp_(-largest, largest)
+        return codes if config.format == "fp8" else codes.round_()
+
+    def fit(codes: Tensor, target: Tensor) -> Tensor:
+        """Least squares."""
+        return _divide((codes * target).sum(-1), codes.square().sum(-1))
+
+    scales = _as_stored(groups.abs().amax(-1) / largest, stored)
+    if config.refine:
+        scales = _half_quadratic(
+            groups,
+            scales,
+            lambda s: codes_for(s) * s[:, :, None],
+            lambda s, target: _as_stored(fit(codes_for(s), target), stored),
+        )
+    return codes_for(scales), scales.to(stored), None
+
+
+def _asymmetric(
+    groups: Tensor, config: QuantizationConfig, stored: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes, scales, zeros) of groups (out, groups, size): value = (code - zero) * scale.
+
+    The range has 0 in it, so that a zero is a number between two codes.
+    """
+    most = INT4_CODES - 1.0
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = _as_stored((high - low) / most, stored)
+
+    def codes_for(zeros: Tensor) -> Tensor:
+        codes = _divide(groups, scales[:, :, None]) + zeros[:, :, None]
+        return codes.round_().clamp_(0, most)
+
+    zeros = _as_stored(_divide(-low, scales), GROUP_ZERO)
+    if config.refine:
+        zeros = _half_quadratic(
+            groups,
+            zeros,
+            lambda z: (codes_for(z) - z[:, :, None]) * scales[:, :, None],
+            lambda z, target: _as_stored(
+                (codes_for(z) - _divide(target, scales[:, :, None])).mean(-1), GROUP_ZERO
+            ),
+        )
+    return codes_for(zeros), scales.to(stored), zeros.to(GROUP_ZERO)
+
+
+def _half_quadratic(
+    groups: Tensor,
+    parameters: Tensor,
+    values: Callable[[Tensor], Tensor],
+    fit: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Parameters (out, groups) for which errors have a smaller norm of HQQ_NORM (Badri and Shaji).
+
+    values(parameters) are what groups become; fit(parameters, target) are those that bring their
+    codes closest to a target. In turn: the errors are split in few large ones, which are taken as
+    they are, and the rest, which the parameters are fitted to. Each group keeps its best.
+    """
+    beta = HQQ_BETA
+    best, least = parameters, None
+    for _ in range(HQQ_STEPS):
+        errors = groups - values(parameters)
+        size = errors.abs()
+        norm = size.pow(HQQ_NORM).sum(-1)
+        if least is None:
+            least = norm
+        else:
+            better = norm < least
+            if not better.any():
+                break
+            best, least = torch.where(better, parameters, best), torch.minimum(norm, least)
+        shrunk = (size - size.clamp(min=1e-8).pow(HQQ_NORM - 1) / beta).clamp_(min=0)
+        parameters = fit(parameters, groups - errors.sign() * shrunk)
+        beta *= HQQ_GROWTH
+    return best
+
+
+def _divide(values: Tensor, by: Tensor) -> Tensor:
+    """values / by, 0 where `by` is."""
+    return torch.where(by == 0, 0.0, values / torch.where(by == 0, 1.0, by))
+
+
+def _as_stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32, rounded to what can be stored."""
+    return numbers.to(dtype).float()
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Codes 0 to 15 (out, in), of any dtype, in words (out, ⌈in / 8⌉); what is missing is 0."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % INT4_PER_WORD))
+    words = padded.view(codes.shape[0], -1, INT4_PER_WORD).to(torch.int64)
+    shifts = torch.tensor(INT4_SHIFTS, device=codes.device)
+    # As unsigned numbers; the upper half of them are the negative ones of int32.
+    packed = (words << shifts).sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+
+
+def unpack_int4(words: Tensor, size: int) -> Tensor:
+    """The codes (out, size), uint8, of `pack_int4`'s words."""
+    shifts = torch.tensor(INT4_SHIFTS, dtype=torch.int32, device=words.device)
+    codes = (words[:, :, None] >> shifts) & (INT4_CODES - 1)
+    return codes.view(words.shape[0], -1)[:, :size].to(torch.uint8)
+
+
+def from_flat_groups(
+    codes: Tensor, scales: Tensor, *, groups: int, merged: int = 1, dim: int = 0
+) -> QuantizedWeight:
+    """Int8 codes (out, in) whose scales are for flat groups, as DeepSpeed's checkpoints have them.
+
+    scales: any shape of merged * groups numbers. The matrix was put together from `merged` of
+    equal size along `dim`, and the values of each of these, one row after the other, were in so
+    many groups of equal size.
+    Raises ValueError where a group covers neither whole rows nor an equal part of one, or where
+    numbers do not fit.
+    """
+    if codes.dtype != torch.int8 or codes.dim() != 2:
+        raise ValueError(f"expected an int8 matrix, found {codes.dtype} {tuple(codes.shape)}")
+    if scales.numel() != merged * groups:
+        raise ValueError(
+            f"found {scales.numel()} scales, expected {groups} for each of {merged} merged parts"
+        )
+    if codes.shape[dim] % merged:
+        raise ValueError(f"{codes.shape[dim]} values do not make {merged} equal parts")
+    parts = codes.chunk(merged, dim=dim)
+    out, size = parts[0].shape
+    length, rest = divmod(out * size, groups)
+    if rest or (length % size and size % length):
+        raise ValueError(
+            f"{groups} groups of a matrix {out} x {size} cover neither whole rows nor equal parts "
+            "of a row"
+        )
+    group = min(length, size)
+    spread = [
+        part.float().repeat_interleave(length // group).view(out, -1)
+        for part in scales.reshape(merged, groups)
+    ]
+    found = torch.cat(spread, dim=dim)
+    whole_rows = found.shape[1] == 1
+    return QuantizedWeight(
+        codes,
+        found.to(ROW_SCALE),
+        None,
+        (codes.shape[0], codes.shape[1]),
+        codes.shape[1] if whole_rows else group,
+    )
