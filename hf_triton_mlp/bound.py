@@ -130,7 +130,8 @@ class BoundMLP:
         if M == 0 or (M > DECODE_ROWS and not self._came_before(M)):
             return
         while len(self._bound) >= MOST_BOUND:
-            self._bound.pop(next(iter(self._bound)), None)
+            oldest, *_ = list(self._bound)  # a copy: other threads may bind meanwhile
+            self._bound.pop(oldest, None)
         self._bound[key] = None
         x = input.view(M, self.hidden)
         r = None if residual is None else residual.view(M, self.hidden)
