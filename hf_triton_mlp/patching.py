@@ -206,6 +206,29 @@ def mlp_configs(model: nn.Module) -> list[MLPConfig]:
     return list(dict.fromkeys(swap.config for swap in swaps))
 
 
+def mlp_projections(
+    model: nn.Module,
+    *,
+    include: Iterable[str | int] | None = None,
+    exclude: Iterable[str | int] | None = None,
+) -> list[str]:
+    """The qualified names of the projections of MLPs, which may be on the meta device.
+
+    include, exclude: layers, as for patch_model; MLPs are found by their structure too, unless on
+    the meta device. Raises ValueError as patch_model does where there are none.
+    """
+    found = _supported_layers(model)
+    layers = _select([name for name, _, _ in found], include, exclude)
+    names = {module: name for name, module in model.named_modules()}
+    return [
+        names[projection]
+        for name, layer, spec in found
+        if name in layers and _experts(layer, spec) is None
+        for projection in spec.projections(layer)
+        if projection is not None
+    ]
+
+
 # --- find -------------------------------------------------------------------------------------
 
 

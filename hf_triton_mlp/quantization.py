@@ -42,8 +42,8 @@ class QuantizationConfig:
     """What weights become.
 
     format: "int8", "int4" or "fp8" (e4m3fn).
-    group_size: codes of a row that share a scale; None for the whole row. Int4 has 32, 64 or 128,
-    fp8 whole rows.
+    group_size: codes of a row that share a scale; None for the whole row, in int4 for 128. Int4 has
+    32, 64 or 128, fp8 whole rows.
     symmetric: codes on both sides of 0; False, for int4, for a zero of each group.
     refine: let half-quadratic quantization choose int4's scales, or zeros if there are any (Badri
     and Shaji 2023, https://mobiusml.github.io/hqq_blog/): it needs no data, and makes most errors
@@ -59,6 +59,8 @@ class QuantizationConfig:
     def __post_init__(self) -> None:
         if self.format not in LARGEST:
             raise ValueError(f"format is {self.format!r}, supported: {', '.join(LARGEST)}")
+        if self.format == "int4" and self.group_size is None:
+            object.__setattr__(self, "group_size", 128)
         size = self.group_size
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"group_size is {size!r}, supported: None and positive integers")
@@ -110,6 +112,7 @@ class QuantizedWeight(NamedTuple):
         return of_groups.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
 
 
+@torch.no_grad()
 def quantize(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
     """The weight (out, in), of any floating dtype, in another format; on its device.
 
