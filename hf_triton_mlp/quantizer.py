@@ -143,8 +143,11 @@ class QuantizedLinear(nn.Module):
                 continue
             if not getattr(found, "_is_hf_initialized", False):
                 raise ValueError(f"{name}.{buffer} is missing in the checkpoint")
-            if found.dtype != wanted.dtype:
-                raise ValueError(f"{name}.{buffer} is {found.dtype}, expected {wanted.dtype}")
+            if found.dtype != wanted.dtype or found.shape != wanted.shape:
+                raise ValueError(
+                    f"{name}.{buffer} is {found.dtype} {tuple(found.shape)}, expected "
+                    f"{wanted.dtype} {tuple(wanted.shape)}"
+                )
             if buffer != "codes" and not found.isfinite().all():
                 raise ValueError(f"{name}.{buffer} has values that are infinite or NaN")
 

@@ -161,7 +161,8 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     scales = tensors[f"{name}.scales"]
     refused(rf"{name}\.scales has values that are", scales=torch.full_like(scales, torch.nan))
     refused(rf"{name}\.codes is torch\.int64", codes=tensors[f"{name}.codes"].long())
-    refused("ignore_mismatched_sizes", scales=scales[:-1].clone())  # a log line says which
+    # transformers refuses it itself, in newer versions: a log line says which.
+    refused(r"ignore_mismatched_sizes|scales is .*, expected", scales=scales[:-1].clone())
     save_file(tensors, file, metadata={"format": "pt"})
 
     config = json.loads((tmp_path / "config.json").read_text())
