@@ -1,4 +1,4 @@
-"""hf-triton-mlp: demo, validate, tune, bench, info."""
+"""hf-triton-mlp: demo, validate, quantize, tune, bench, info."""
 
 import copy
 import json
@@ -22,10 +22,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hf_triton_mlp
-from hf_triton_mlp import autotune, bench, bench_generate, support, tuning, validation
+from hf_triton_mlp import autotune, bench, bench_generate, quality, support, tuning, validation
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.measure import CASES
 from hf_triton_mlp.patching import patch_model, patch_report, specs
+from hf_triton_mlp.quality import QualityReport
+from hf_triton_mlp.quantizer import TritonMLPConfig
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
 app = typer.Typer(
@@ -128,6 +130,58 @@ def validate(
         if output is not None:
             output.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")
         _finish({path_or_name: reports})
+
+
+@app.command()
+def quantize(
+    path_or_name: Annotated[str, typer.Argument(help="a folder, or a name on the model hub")],
+    output: Annotated[Path, typer.Argument(help="the folder for the quantized model")],
+    format: Annotated[str, typer.Option(help="int8, int4 or fp8")] = "int8",
+    group_size: Annotated[int | None, typer.Option(help="codes that share a scale")] = None,
+    symmetric: Annotated[bool, typer.Option(help="int4: codes on both sides of 0")] = True,
+    refine: Annotated[
+        bool | None, typer.Option(help="int4: half-quadratic quantization [default: refine]")
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float16",
+    device: Device = None,
+    text: Annotated[Path | None, typer.Option(help="a text file for the perplexity")] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="write the report here")] = None,
+) -> None:
+    """Quantize the MLPs of a model, compare it with the original, and save it."""
+    with _errors_in_one_line():
+        _need_folders(report)
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        config = TritonMLPConfig(
+            format=format,
+            group_size=group_size,
+            symmetric=symmetric,
+            refine=refine,
+            include=include,
+            exclude=exclude,
+        )
+        if dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; supported: {', '.join(DTYPES)}")
+        options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+        with _progress(f"{path_or_name}: quantizing"):
+            tokenizer = _loaded(transformers.AutoTokenizer, path_or_name)
+            model = transformers.AutoModelForCausalLM
+            original = _loaded(model, path_or_name, **options).to(_device(device)).eval()
+            quantized = _loaded(model, path_or_name, **options, quantization_config=config)
+            quantized = quantized.to(_device(device)).eval()
+        words = DEFAULT_TEXT if text is None else text.read_text()
+        ids = tokenizer(words, return_tensors="pt", verbose=False)["input_ids"][0]
+        with _progress(f"{path_or_name}: comparing"):
+            found = quality.compare(original, quantized, ids)
+        console.print(_quality_table(found))
+        quantized.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        if report is not None:
+            report.write_text(json.dumps(asdict(found), indent=2) + "\n")
 
 
 @app.command()
@@ -454,6 +508,21 @@ def _validate(
             console.print(f"[bold]{name}:[/] ", end="")
             console.print(tokenizer.decode(tokens), markup=False, highlight=False)
     return report
+
+
+def _quality_table(found: QualityReport) -> Table:
+    table = Table("", "original", "quantized", "", box=SIMPLE)
+    before, after = found.perplexity_original, found.perplexity_quantized
+    table.add_row(
+        "perplexity", f"{before:.3f}", f"{after:.3f}", f"{100 * (after / before - 1):+.2f} %"
+    )
+    table.add_row("KL divergence", "", f"{found.kl_divergence:.2e}", "nats a token")
+    sizes = [size / 1e6 for size in (found.bytes_original, found.bytes_quantized)]
+    table.add_row("MB", *(f"{size:.1f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f} x")
+    table.add_section()
+    for name, error in found.weight_errors.items():
+        table.add_row(escape(name), "", f"{error:.2e}", "RMS error of the weight, relative")
+    return table
 
 
 def _table(reports: list[ValidationReport]) -> Table:

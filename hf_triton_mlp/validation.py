@@ -221,17 +221,24 @@ def _cases(
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor, *, window: int = 1024) -> float:
     """exp of the mean next-token loss over consecutive windows of the model's context length."""
-    limit = getattr(model.config, "max_position_embeddings", None) or window
-    windows = tokens.to(model.device).split(min(window, limit))
     total = count = 0.0
-    for part in windows:
-        if len(part) > 1:
-            logits = model(part[None]).logits[0, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
-            count += len(part) - 1
-    if not count:
-        raise ValueError("perplexity needs a text of at least two tokens")
+    for part in windows(model, tokens, window):
+        logits = model(part[None]).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, part[1:], reduction="sum").item()
+        count += len(part) - 1
     return math.exp(min(total / count, 700.0))
+
+
+def windows(model: Any, tokens: Tensor, size: int = 1024) -> list[Tensor]:
+    """Consecutive parts of tokens (length,) on the model's device, no longer than its context.
+
+    Raises ValueError where none has two tokens.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or size
+    parts = [part for part in tokens.to(model.device).split(min(size, limit)) if len(part) > 1]
+    if not parts:
+        raise ValueError("perplexity needs a text of at least two tokens")
+    return parts
 
 
 def _outputs(model: Any, case: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -134,3 +134,28 @@ def test_the_readme_names_every_family() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in table]
     named = {(family, depths) for families, depths in rows for family in families.split(", ")}
     assert named == {(spec.family, ", ".join(spec.depths)) for spec in specs()}
+
+
+@pytest.mark.parametrize("options", [("--format", "int8"), ("--format", "int4", "--no-symmetric")])
+def test_quantize(options: tuple[str, ...], tmp_path: Path) -> None:
+    place, report = tmp_path / "model", tmp_path / "report.json"
+    text = "--text", CHECKPOINTS / "heldout.txt"
+    result = run(
+        "quantize", CHECKPOINTS / "llama", place, *options, *text, "--dtype", "float32",
+        "--exclude", "model.layers.0", "--json", report,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "perplexity" in result.output and "nats a token" in result.output
+    found = json.loads(report.read_text())
+    ratio = found["perplexity_quantized"] / found["perplexity_original"]
+    limit = {"int8": 1.01, "int4": 1.1}[options[1]]
+    assert 1 / limit < ratio < limit and 0 < found["kl_divergence"] < limit - 1
+    errors = found["weight_errors"]
+    assert len(errors) == 9 and "model.layers.0.mlp.up_proj" not in errors
+    assert all(0 < error < limit for error in errors.values())
+    assert found["bytes_quantized"] < 0.75 * found["bytes_original"]
+    # What is saved is a model like any, and validates as such.
+    again = run("validate", place, *text, "--dtype", "float32")
+    assert again.exit_code == 0, again.output
+    refused = run("quantize", CHECKPOINTS / "llama", place)
+    assert refused.exit_code == 2 and "is not empty" in refused.output
