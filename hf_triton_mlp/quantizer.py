@@ -169,7 +169,6 @@ class QuantizedLinear(nn.Module):
         )
 
 
-@register_quantization_config(METHOD)
 class TritonMLPConfig(QuantizationConfigMixin):
     """How transformers quantizes the MLPs of a model that it loads.
 
@@ -217,12 +216,11 @@ class TritonMLPConfig(QuantizationConfigMixin):
         )
 
 
-@register_quantizer(METHOD)
 class TritonMLPQuantizer(HfQuantizer):
     """Quantizes each MLP's weights as they are loaded, or loads quantized ones."""
 
     requires_calibration = False
-    quantization_config: Any  # a TritonMLPConfig
+    quantization_config: TritonMLPConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
@@ -275,6 +273,11 @@ class TritonMLPQuantizer(HfQuantizer):
 
     def is_serializable(self, **kwargs: Any) -> Any:
         return True
+
+
+# As decorators they would hide the signatures from type checkers.
+register_quantization_config(METHOD)(TritonMLPConfig)
+register_quantizer(METHOD)(TritonMLPQuantizer)
 
 
 class QuantizeWeight(ConversionOps):
