@@ -138,10 +138,10 @@ def quantize(
     output: Annotated[Path, typer.Argument(help="the folder for the quantized model")],
     format: Annotated[str, typer.Option(help="int8, int4 or fp8")] = "int8",
     group_size: Annotated[int | None, typer.Option(help="codes that share a scale")] = None,
-    symmetric: Annotated[bool, typer.Option(help="int4: codes on both sides of 0")] = True,
-    refine: Annotated[
-        bool | None, typer.Option(help="int4: half-quadratic quantization [default: refine]")
+    symmetric: Annotated[
+        bool | None, typer.Option(help="codes on both sides of 0; default: all but int4")
     ] = None,
+    refine: Annotated[bool, typer.Option(help="int4: half-quadratic quantization")] = False,
     include: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float16",

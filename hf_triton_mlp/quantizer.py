@@ -173,7 +173,7 @@ class TritonMLPConfig(QuantizationConfigMixin):
     """How transformers quantizes the MLPs of a model that it loads.
 
     bits: 4 or 8, for format "int4" or "int8"; or format: as in QuantizationConfig, as are
-    group_size, symmetric and refine (by default, int4 is refined).
+    group_size, symmetric (by default int4 is not) and refine.
     include, exclude: layers, as for patch_model. modules: the names of what is quantized, which a
     saved model has.
     Raises ValueError as QuantizationConfig does.
@@ -185,8 +185,8 @@ class TritonMLPConfig(QuantizationConfigMixin):
         *,
         format: str | None = None,
         group_size: int | None = None,
-        symmetric: bool = True,
-        refine: bool | None = None,
+        symmetric: bool | None = None,
+        refine: bool = False,
         include: Sequence[str | int] | None = None,
         exclude: Sequence[str | int] | None = None,
         modules: Sequence[str] | None = None,
@@ -199,8 +199,8 @@ class TritonMLPConfig(QuantizationConfigMixin):
             raise ValueError(f"format is {format!r} with bits={bits}; give one of them")
         self.quant_method: Any = quant_method
         self.format = format or of_bits[bits] or "int8"
-        self.symmetric = symmetric
-        self.refine = self.format == "int4" if refine is None else refine
+        self.symmetric = self.format != "int4" if symmetric is None else symmetric
+        self.refine = refine
         self.group_size = group_size
         self.group_size = self.quantization.group_size
         self.include, self.exclude, self.modules = include, exclude, modules

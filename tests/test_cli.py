@@ -136,7 +136,7 @@ def test_the_readme_names_every_family() -> None:
     assert named == {(spec.family, ", ".join(spec.depths)) for spec in specs()}
 
 
-@pytest.mark.parametrize("options", [("--format", "int8"), ("--format", "int4", "--no-symmetric")])
+@pytest.mark.parametrize("options", [("--format", "int8"), ("--format", "int4", "--refine")])
 def test_quantize(options: tuple[str, ...], tmp_path: Path) -> None:
     place, report = tmp_path / "model", tmp_path / "report.json"
     text = "--text", CHECKPOINTS / "heldout.txt"

@@ -21,7 +21,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
     "int8 in groups": {"bits": 8, "group_size": 64},
     "int4": {"bits": 4},
-    "int4 asymmetric": {"bits": 4, "group_size": 32, "symmetric": False},
+    "int4 symmetric": {"bits": 4, "group_size": 32, "symmetric": True, "refine": True},
     "fp8": {"format": "fp8"},
 }
 
@@ -181,6 +181,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with_config(modules=None)
     with pytest.raises(ValueError, match="names no modules"):
         load(tmp_path)
+    saved(tmp_path, bits=4, symmetric=True)
     with_config(symmetric=False)
     with pytest.raises(ValueError, match=r"c_fc\.zeros is missing"):
         load(tmp_path)
