@@ -51,12 +51,13 @@ class QuantizedLinear(nn.Module):
         *,
         device: torch.device | str | None = None,
         bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
         original: type[nn.Module] = nn.Linear,
     ) -> None:
-        """original: the class that `dequantized` gives back."""
+        """dtype, original: the weight's, and the layer's class, that `dequantized` gives back."""
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.config, self.original = config, original
+        self.config, self.original, self.dtype = config, original, dtype
         self.group_size = config.group_size or in_features
         words = -(-in_features // INT4_PER_WORD) if config.format == "int4" else in_features
         groups = out_features, -(-in_features // self.group_size)
@@ -96,6 +97,7 @@ class QuantizedLinear(nn.Module):
             config,
             device="meta",
             bias=read[1],  # pyright: ignore[reportArgumentType]
+            dtype=read[0].dtype,
             original=type(linear),
         )
         if not values.is_meta:
@@ -113,11 +115,10 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight (out, in) that it stands for, made anew."""
-        dtype = torch.get_default_dtype() if self.bias is None else self.bias.dtype
-        return self.quantized.dequantize(dtype)
+        return self.quantized.dequantize(self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """The nn.Linear or Conv1D of this weight."""
+        """The nn.Linear or Conv1D of this weight, in this dtype."""
         weight = self.quantized.dequantize(dtype)
         with torch.device("meta"):
             if self.original is Conv1D:
@@ -139,7 +140,7 @@ class QuantizedLinear(nn.Module):
         expected = QuantizedLinear(self.in_features, self.out_features, self.config, device="meta")
         for buffer in STORED:
             found, wanted = getattr(self, buffer), getattr(expected, buffer)
-            if found is None:
+            if found is None or found.is_meta:  # or offloaded to a disk
                 continue
             if not getattr(found, "_is_hf_initialized", False):
                 raise ValueError(f"{name}.{buffer} is missing in the checkpoint")
@@ -152,8 +153,9 @@ class QuantizedLinear(nn.Module):
                 raise ValueError(f"{name}.{buffer} has values that are infinite or NaN")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What moves to another device or memory moves; another dtype is for the bias alone."""
+        """What moves to another device or memory moves; only the bias takes another dtype."""
         kept = {name: getattr(self, name) for name in STORED}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         super()._apply(fn, recurse)
         for name, before in kept.items():
             now = getattr(self, name)

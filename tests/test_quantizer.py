@@ -114,7 +114,7 @@ def test_another_dtype_is_for_the_bias_alone(options: dict[str, Any]) -> None:
     layer.half().bfloat16()
     for one, other in zip(before[:2], layer.quantized[:2], strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
-    assert layer.bias is not None and layer.bias.dtype == torch.bfloat16
+    assert layer.bias is not None and layer.bias.dtype == layer.weight.dtype == torch.bfloat16
     assert layer(torch.zeros(3, 70, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 

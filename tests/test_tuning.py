@@ -73,7 +73,10 @@ def test_decode_needs_few_launches() -> None:
     for linear in linear_layers():
         if linear.M <= tuning.DECODE_ROWS:
             plan = choose(linear, HOPPER)
-            assert plan.splits == 1 and plan.kernel != "library"
+            assert plan.kernel != "library"
+            # Float32's parts of K have smaller errors, and keep more programs busy.
+            more_rows = linear.dtype == torch.float32 and linear.M > tuning.SKINNY_ROWS
+            assert plan.splits == 1 or more_rows
 
 
 @pytest.mark.parametrize(
