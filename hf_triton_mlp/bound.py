@@ -256,7 +256,7 @@ def _triton_relauncher(
 
 
 class BoundParts:
-    """Decode launches, and the modules whose parameters they have the addresses of."""
+    """Bound launches, and the modules whose parameters they have the addresses of."""
 
     def __init__(
         self, mlp: nn.Module, parts: list[nn.Module | None], norm_eps: float, launches: BoundMLP

@@ -537,7 +537,7 @@ class TritonMLP(StandIn):
         branch_norms: BranchNorms | None,
         early: bool,
     ) -> None:
-        """Bind decode launches for this number of rows to these weights, which are known to fit."""
+        """Bind launches for this number of rows to these weights, which are known to fit."""
         config, parts = self.mlp_config, self._parts(norm, projections, branch_norms)
         if self._bound is None or not self._bound.unchanged(parts):
             self._bound = BoundParts(self, parts, config.norm_eps, BoundMLP(weights.up))
