@@ -214,8 +214,8 @@ def mlp_projections(
 ) -> list[str]:
     """The qualified names of the projections of MLPs, which may be on the meta device.
 
-    include, exclude: layers, as for patch_model; MLPs are found by their structure too, unless on
-    the meta device. Raises ValueError as patch_model does where there are none.
+    include, exclude: layers, as for patch_model. Raises ValueError as patch_model does where there
+    are none.
     """
     found = _supported_layers(model)
     layers = _select([name for name, _, _ in found], include, exclude)

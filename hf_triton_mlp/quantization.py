@@ -16,6 +16,9 @@ from torch import Tensor
 #: Largest code of each symmetric format. Int4's -8 stays unused, int8's -128 too.
 LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
 
+#: What codes are stored as, an int4's eight to a word.
+CODES = {"int8": torch.int8, "int4": torch.int32, "fp8": torch.float8_e4m3fn}
+
 #: Int4 codes are stored plus 8, asymmetric ones as they are: 0 to 15.
 INT4_OFFSET = 8
 INT4_CODES = 16
@@ -89,7 +92,7 @@ class QuantizedWeight(NamedTuple):
     @property
     def format(self) -> str:
         """As in QuantizationConfig."""
-        return {torch.int8: "int8", torch.int32: "int4"}.get(self.codes.dtype, "fp8")
+        return next(name for name, dtype in CODES.items() if dtype == self.codes.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -146,12 +149,10 @@ def _quantize_rows(weight: Tensor, config: QuantizationConfig) -> QuantizedWeigh
     quantizer = _asymmetric if not config.symmetric else _symmetric
     codes, scales, zeros = quantizer(groups, config, stored)
     codes = codes.view(out, -1)[:, :size]
-    if config.format == "fp8":
-        codes = codes.to(torch.float8_e4m3fn)
-    elif config.format == "int8":
-        codes = codes.to(torch.int8)
-    else:
+    if config.format == "int4":
         codes = pack_int4(codes if zeros is not None else codes + INT4_OFFSET)
+    else:
+        codes = codes.to(CODES[config.format])
     return QuantizedWeight(codes, scales, zeros, (out, size), group)
 
 

@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_triton_mlp.patching import mlp_projections
 from hf_triton_mlp.quantization import (
+    CODES,
     GROUP_SCALE,
     GROUP_ZERO,
     INT4_PER_WORD,
@@ -26,8 +27,6 @@ from hf_triton_mlp.reading import read_projection
 
 #: What config.json calls models that are quantized here.
 METHOD = "hf_triton_mlp"
-
-CODES = {"int8": torch.int8, "int4": torch.int32, "fp8": torch.float8_e4m3fn}
 
 STORED = ("codes", "scales", "zeros")
 
@@ -243,12 +242,12 @@ class TritonMLPQuantizer(HfQuantizer):
                 )
             for name in config.modules:
                 linear = model.get_submodule(name)
-                replace(model, name, QuantizedLinear.from_linear(linear, config.quantization))
+                model.set_submodule(name, QuantizedLinear.from_linear(linear, config.quantization))
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         module, _, parameter = param_name.rpartition(".")
-        return parameter == "weight" and module in set(self.quantization_config.modules or ())
+        return parameter == "weight" and module in (self.quantization_config.modules or ())
 
     def get_quantize_ops(self) -> "QuantizeWeight":
         return QuantizeWeight(self)
@@ -262,7 +261,7 @@ class TritonMLPQuantizer(HfQuantizer):
         if not isinstance(dtype, torch.dtype):  # a name, as some configs have it
             dtype = model.dtype if dtype is None else getattr(torch, dtype)
         for name, module in list(quantized_linears(model)):
-            replace(model, name, module.dequantized(dtype))
+            model.set_submodule(name, module.dequantized(dtype))
         return model
 
     @property
@@ -308,7 +307,7 @@ class QuantizeWeight(ConversionOps):
             raise ValueError(f"{full_layer_name}: {error}") from error
         for tensor in found.buffers():
             tensor._is_hf_initialized = True  # pyright: ignore[reportAttributeAccessIssue]
-        replace(model, name, found)
+        model.set_submodule(name, found)
         missing_keys.discard(full_layer_name)
         return {}
 
@@ -318,9 +317,3 @@ def quantized_linears(model: nn.Module) -> Iterable[tuple[str, QuantizedLinear]]
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             yield name, module
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another one is."""
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent).register_module(child, module)

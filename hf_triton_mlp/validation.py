@@ -94,8 +94,7 @@ class CaseReport:
     """One batch of prompts: logits and each hidden state (embeddings first), greedy tokens.
 
     Errors of a hidden state are in units of its RMS at each position, which the next norm divides
-    by: the first positions of many models have a value a thousand times as large as all others, the
-    rounding of which would otherwise be the whole error.
+    by: the rounding of one value far larger than all others would otherwise be the whole error.
     """
 
     case: str

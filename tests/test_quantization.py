@@ -80,11 +80,10 @@ def test_no_value_is_off_by_more_than_half_a_step(
     assert bits < {"int8": 9, "fp8": 9, "int4": 4 + 48 / 32}[config.format]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not CONFIGS[name].refine])
 def test_quantizing_what_was_quantized_changes_nothing(name: str) -> None:
+    """A refined scale is not that of its largest value."""
     config = CONFIGS[name]
-    if config.refine:
-        pytest.skip("a refined scale is not that of its largest value")
     once = quantize(weights(), config).dequantize(torch.float32)
     twice = quantize(once, config).dequantize(torch.float32)
     torch.testing.assert_close(twice, once, rtol=2e-2 if config.group_size else 1e-6, atol=0)
