@@ -299,6 +299,9 @@ def bench_generate_(
     dtype: Annotated[
         list[str] | None, typer.Option(help="may be repeated; float16, on the CPU float32")
     ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="temperature 0.8, top-k 50, top-p 0.95; not greedily")
+    ] = False,
     device: Device = None,
     compiled: Annotated[
         bool,
@@ -331,7 +334,7 @@ def bench_generate_(
         with _bar() as show, torch.cuda.device(where) if on_gpu else nullcontext():
             record = bench_generate.bench_generate(
                 bench_generate.cells(
-                    models, dtypes, batch or (1,), prompt or (32,), new_tokens or (128,)
+                    models, dtypes, batch or (1,), prompt or (32,), new_tokens or (128,), (sample,)
                 ),
                 load,
                 device=where,

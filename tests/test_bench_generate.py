@@ -29,7 +29,8 @@ def measured(
 ) -> dict[str, Any]:
     """The one cell of a tiny GPT-2, with these contenders."""
     monkeypatch.setattr(bench_generate, "WAYS", ways)
-    place = {"model": "tiny", "dtype": "float32", "batch": 2, "prompt": 5, "new_tokens": 9, **place}
+    (usual,) = bench_generate.cells(["tiny"], ["float32"], [2], [5], [9])
+    place = {**usual, **place}
     dtype = getattr(torch, place["dtype"])
     where = torch.device(device)
     record = bench_generate.bench_generate(
@@ -184,6 +185,20 @@ def test_no_memory_for_a_wider_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         parting = judge.parting(tokens, 3, 3)
     assert parting["margin"] == 0 and parting["error"] < 0.1
+
+
+def test_sampled_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every contender has the same random numbers."""
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    ways = {name: WAYS[name] for name in (EAGER, OURS)}
+    cells = [measured(monkeypatch, ways, sampled=sampled) for sampled in (False, True)]
+    assert [cell["contenders"][OURS]["equal_tokens"] for cell in cells] == [[9, 9]] * 2
+    assert "sampled" in bench_generate._title(cells[1])
+    cell = cells[1]
+    expected = [[3, 5], [4, 6]], [[3, 5], [4, 7]]
+    different = bench_generate._compare(None, torch.zeros((2, 1), dtype=torch.int64), *expected)
+    assert different == {"equal_tokens": [2, 1], "differences": [{"text": 1, "position": 1}]}
+    assert bench_generate._partings(cell, different["differences"]) == "1 of 2"
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -199,7 +199,11 @@ CHOICES = [
 ]
 
 
-@pytest.mark.parametrize(("options", "captured"), CHOICES, ids=str)
+@pytest.mark.parametrize(
+    ("options", "captured"),
+    CHOICES,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
 def test_choices_are_captured(
     options: dict[str, Any], captured: list[bool], device: str, reasons: list[str]
 ) -> None:
