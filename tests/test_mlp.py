@@ -591,7 +591,7 @@ def test_numbers_of_rows_that_launches_are_bound_for() -> None:
     with torch.no_grad():
         for tokens in (*range(17, 37 + MOST_BOUND), 500):  # cuBLAS computes 500
             for _ in range(2):
-                layers(torch.randn(tokens, 768, device="cuda", dtype=torch.float16))
+                layers(*torch.randn(2, tokens, 768, device="cuda", dtype=torch.float16))
     bound = layers.mlp._bound
     assert bound is not None and len(bound.launches._bound) == MOST_BOUND
     assert [key[0] for key, launches in bound.launches._bound.items() if launches is None] == [500]
