@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
         **{name: module.__version__ for name, module in packages.items()},
         **{
             name: importlib.metadata.version(name)
-            for name in ("gemlite", "liger_kernel")
+            for name in ("bitsandbytes", "gemlite", "liger_kernel", "torchao")
             if installed(name)
         },
     }
@@ -324,8 +324,9 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 def failures(record: dict[str, Any]) -> list[str]:
     """Which peers failed where, and why."""
+    keys = ("case", "format", "dtype", "M")
     return [
-        f"failed: {name}, {cell['case']}, {cell['dtype']}, M={cell['M']}: {peer['failed']}"
+        f"failed: {name}, {_name({k: cell[k] for k in keys if k in cell})}: {peer['failed']}"
         for cell in record["cells"]
         for name, peer in cell["peers"].items()
         if "failed" in peer

@@ -22,7 +22,16 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hf_triton_mlp
-from hf_triton_mlp import autotune, bench, bench_generate, quality, support, tuning, validation
+from hf_triton_mlp import (
+    autotune,
+    bench,
+    bench_generate,
+    bench_quantized,
+    quality,
+    support,
+    tuning,
+    validation,
+)
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.measure import CASES
 from hf_triton_mlp.patching import patch_model, patch_report, specs
@@ -278,6 +287,46 @@ def bench_mlp(
             console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
         if plot is not None:
             bench.plot(record, plot, dtypes[0])
+
+
+@benchmarks.command("quantized")
+def bench_quantized_(
+    case: Annotated[list[str] | None, typer.Option(help="one of them; may be repeated")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(bench_quantized.FORMATS)}; all")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+    peers: Annotated[bool, typer.Option(help="other libraries too, if installed")] = True,
+    seconds: Seconds = math.inf,
+    output: Record = None,
+) -> None:
+    """Time one layer's residual + norm + MLP + residual with quantized weights."""
+    with _errors_in_one_line():
+        _known("case", case, CASES)
+        _known("format", format, bench_quantized.FORMATS)
+        _known("dtype", [dtype], DTYPES[1:])
+        _need_folders(output)
+        kept = bench.read(output) if output is not None and output.exists() else None
+        _need_gpu()
+        with _bar() as show:
+            record = bench_quantized.bench_quantized(
+                tuple(case or bench_quantized.CASES_OF_BARS),
+                tuple(format or bench_quantized.FORMATS),
+                tuple(rows or bench_quantized.ROWS),
+                dtype,
+                peers=peers,
+                seconds=seconds,
+                kept=kept,
+                progress=show,
+                save=lambda record: None if output is None else bench.write_lines(record, output),
+            )
+        for table in bench_quantized.tables(record):
+            console.print(table)
+        for failure in bench.failures(record):
+            console.print(escape(failure), soft_wrap=True)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
 
 
 @benchmarks.command("generate")

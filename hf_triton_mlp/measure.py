@@ -47,8 +47,13 @@ CASES = {
 }
 
 
-def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[MLPWeights]:
-    """At least three layers, and enough that none is in the L2 when its turn comes."""
+def random_layers(
+    case: Case, dtype: torch.dtype, device: str = "cuda", itemsize: float | None = None
+) -> list[MLPWeights]:
+    """At least three layers, and enough that none is in the L2 when its turn comes.
+
+    itemsize: how many bytes of each weight are going to be read, if fewer than it has.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(out: int, inp: int) -> Tensor:
@@ -60,7 +65,7 @@ def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[
         return around + 0.1 * values if present else None
 
     H, I = case.hidden, case.intermediate  # noqa: E741
-    layers = max(3, min(24, ROTATED_BYTES // (case.weights * dtype.itemsize)))
+    layers = max(3, min(24, int(ROTATED_BYTES // (case.weights * (itemsize or dtype.itemsize)))))
     return [
         MLPWeights(
             matrix(I, H),
