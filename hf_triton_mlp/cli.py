@@ -25,9 +25,10 @@ import hf_triton_mlp
 from hf_triton_mlp import autotune, bench, bench_generate, quality, support, tuning, validation
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.measure import CASES
-from hf_triton_mlp.patching import patch_model, patch_report, specs
+from hf_triton_mlp.patching import patch_model, patch_report
 from hf_triton_mlp.quality import QualityReport
 from hf_triton_mlp.quantizer import TritonMLPConfig
+from hf_triton_mlp.specs import specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
 app = typer.Typer(

@@ -35,6 +35,7 @@ from hf_triton_mlp.reading import (
     is_plain,
     read_branch_norm,
     read_norm,
+    read_place,
     read_projection,
     split_packed,
     store_by_input,
@@ -277,7 +278,9 @@ class TritonMLP(StandIn):
         assert isinstance(module, TritonMLP)
         module._configure(config, norm_class)
         module.projection_names, module.packed = (up, gate, down), packed
-        module._adopted = {name: type(child) for name, child in module._modules.items()}
+        module._adopted = {
+            name: type(child) for name, child in module._modules.items() if name not in names
+        }
         module._stored_by_output = stored
 
     def release(self) -> None:
@@ -289,6 +292,7 @@ class TritonMLP(StandIn):
             "norm_class",
             "proving",
             "verified",
+            "originals",
             "projection_names",
             "packed",
             "_gelu_gemm",
@@ -308,6 +312,8 @@ class TritonMLP(StandIn):
         self.proving = False
         #: Whether a patch of this kind of layer was compared with the original when it was made.
         self.verified = False
+        #: The projections in whose places patch_model put quantized ones, by path; None: not kept.
+        self.originals: dict[str, nn.Module | None] = {}
         self._bound: BoundParts | None = None
         self._adopted: dict[str, type] = {}
         self._stored_by_output: list[str] = []
@@ -397,7 +403,7 @@ class TritonMLP(StandIn):
         weights = self._weights(norm, projections, branch_norms)
         parts = norm, projections, branch_norms
         if weights is not None:
-            self._check_place(input, weights)
+            self._check_place(input, projections)
         if (
             weights is None
             or not self._kernels_apply(input)
@@ -540,7 +546,8 @@ class TritonMLP(StandIn):
         """Bind launches for this number of rows to these weights, which are known to fit."""
         config, parts = self.mlp_config, self._parts(norm, projections, branch_norms)
         if self._bound is None or not self._bound.unchanged(parts):
-            self._bound = BoundParts(self, parts, config.norm_eps, BoundMLP(weights.up))
+            launches = BoundMLP(weights.up, input.dtype)
+            self._bound = BoundParts(self, parts, config.norm_eps, launches)
         w, kind, branch_kind = weights, self._mlp_gemm.norm, config.branch_norm
         before = branches = None
         if self._has_norms(norm, branch_norms):
@@ -600,7 +607,8 @@ class TritonMLP(StandIn):
                     f"a call has the config's norms or none: norm, branch_norm {kinds}"
                 )
         for name, child in self._modules.items():
-            if child is not None and not is_plain(child, self._adopted.get(name, type(child))):
+            known = child is None or name in (self.projection_names or ())
+            if not known and not is_plain(child, self._adopted.get(name, type(child))):
                 return None  # another activation than there was, or hooks on it, say
         up, gate, down = self._projections(projections)
         up_read, down_read = read_projection(up), read_projection(down)
@@ -646,11 +654,21 @@ class TritonMLP(StandIn):
         projections = up, self.output_w, up_bias, self.output_b, gate, gate_bias
         return MLPWeights(*projections, self.attn_nw, self.attn_nb, *branch_weights)
 
-    def _check_place(self, input: Tensor, weights: MLPWeights) -> None:
-        if input.device != weights.up.device:
-            raise ValueError(f"input is on {input.device}, the weights are on {weights.up.device}")
-        if input.dtype != weights.up.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"input is {input.dtype}, the weights are {weights.up.dtype}")
+    def _own_place(self) -> tuple[torch.dtype, torch.device]:
+        assert self.inter_w is not None
+        return self.inter_w.dtype, self.inter_w.device
+
+    def _check_place(self, input: Tensor, projections: Projections | None) -> None:
+        if self.owns_weights:
+            place = self._own_place()
+        else:
+            place = read_place(self._projections(projections)[0])
+            assert place is not None, "it was read"
+        dtype, device = place
+        if input.device != device:
+            raise ValueError(f"input is on {input.device}, the weights are on {device}")
+        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input is {input.dtype}, the weights are {dtype}")
 
     def _call_parts(
         self,

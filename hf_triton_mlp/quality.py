@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp.quantizer import quantized_linears
+from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.validation import windows
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from hf_triton_mlp import cli
 from hf_triton_mlp.cli import app
-from hf_triton_mlp.patching import specs
+from hf_triton_mlp.specs import specs
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
