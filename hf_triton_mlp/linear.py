@@ -1,6 +1,7 @@
 """QuantizedLinear: a linear layer whose weight is in 8 or 4 bits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ from hf_triton_mlp.reading import read_projection
 STORED = ("codes", "scales", "zeros")
 
 _vector_matmul = VectorMatMulOp()
+
+
+@contextmanager
+def keeping_dtypes(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Give tensors of a module that another dtype is given meanwhile their own again."""
+    kept = {name: getattr(module, name) for name in names}
+    yield
+    for name, before in kept.items():
+        now = getattr(module, name)
+        if before is not None and now.dtype != before.dtype:
+            setattr(module, name, before.to(now.device))
 
 
 class QuantizedLinear(nn.Module):
@@ -152,14 +164,9 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What moves to another device or memory moves; only the bias takes another dtype."""
-        kept = {name: getattr(self, name) for name in STORED}
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            now = getattr(self, name)
-            if before is not None and now.dtype != before.dtype:
-                setattr(self, name, before.to(now.device))
-        return self
+        with keeping_dtypes(self, STORED):
+            return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return (

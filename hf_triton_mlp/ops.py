@@ -9,7 +9,7 @@ quantized, and PyTorch then computes with what they stand for in the input's dty
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -292,21 +292,20 @@ def _unpacked(
     """The weights of an MLP of this hidden size, as they were before `carried`."""
     if not group_sizes:
         return weights
-    w, intermediate = weights, weights.up.shape[0]
-    sizes = hidden, intermediate, hidden
+    intermediate = weights.up.shape[0]
     up, down, gate = (
-        _quantized(codes, *scales[2 * i : 2 * i + 2], size, group)
-        for i, (codes, size, group) in enumerate(
-            zip((w.up, w.down, w.gate), sizes, group_sizes, strict=True)
+        _quantized(codes, scales[2 * i], scales[2 * i + 1], size, group_sizes[i])
+        for i, (codes, size) in enumerate(
+            ((weights.up, hidden), (weights.down, intermediate), (weights.gate, hidden))
         )
     )
     return weights._replace(up=up, down=down, gate=gate)
 
 
 def _quantized(
-    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, size: int, group_size: int
-) -> Weight:
-    """The weight (out, size) of these tensors; a plain one has no scales."""
+    codes: Any, scales: Tensor | None, zeros: Tensor | None, size: int, group_size: int
+) -> Any:
+    """The weight (out, size) of these tensors; a plain one, or None, has no scales."""
     if scales is None:
         return codes
     return QuantizedWeight(codes, scales, zeros, (codes.shape[0], size), group_size)

@@ -602,13 +602,14 @@ def _quantize(
 
 def _restore(owner: nn.Module, originals: dict[str, nn.Module | None]) -> None:
     """Put kept projections in the places of those that are still quantized."""
+    original: Any
     for path, original in originals.items():
         quantized = owner.get_submodule(path)
         if original is None or not isinstance(quantized, QuantizedLinear):
             continue
         with torch.inference_mode(False):
-            weight: Any = original.weight
-            weight.data = weight.data.to(quantized.codes.device, quantized.dtype)
+            data = original.weight.data
+            original.weight.data = data.to(quantized.codes.device, quantized.dtype)
         original.bias = quantized.bias
         owner.set_submodule(path, original.train(quantized.training))
 

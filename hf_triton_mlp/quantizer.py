@@ -197,20 +197,20 @@ def record(model: nn.Module) -> None:
     """Let a transformers model know what is quantized in it, which it saves; or that nothing is."""
     if not isinstance(model, PreTrainedModel):
         return
+    owner: Any = model
     quantizer = getattr(model, "hf_quantizer", None)
     found = dict(quantized_linears(model))
     if not found:
         if isinstance(quantizer, TritonMLPQuantizer):
             for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-                model.__dict__.pop(name, None)
-            model.config.__dict__.pop("quantization_config", None)
+                owner.__dict__.pop(name, None)
+            owner.config.__dict__.pop("quantization_config", None)
         return
     if quantizer is None:
         config = TritonMLPConfig(**asdict(next(iter(found.values())).config))
-        quantizer = TritonMLPQuantizer(config)
-        model.hf_quantizer = quantizer
-        model.config.quantization_config = config
-        model.is_quantized, model.quantization_method = True, METHOD
+        owner.hf_quantizer = quantizer = TritonMLPQuantizer(config)
+        owner.config.quantization_config = config
+        owner.is_quantized, owner.quantization_method = True, METHOD
     quantizer.quantization_config.modules = list(found)
 
 
