@@ -142,8 +142,8 @@ def patch_model(
     Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
     Every layer is checked before any is replaced, so that an error leaves the model as it was;
     where it comes while weights are quantized (an interrupt, say), those that are stay so, unless
-    originals are kept. Layers that are already patched stay as they are, but for their weights, and
-    so do mixture-of-experts MLPs.
+    originals are kept. Layers that are already patched stay as they are, but for their weights,
+    which nothing is compared with then, and so do mixture-of-experts MLPs.
 
     Raises ValueError when no layer is supported, or a layer cannot be patched faithfully (when
     verified, with more than twice torch's own error) or not quantized (weights that are not finite,
@@ -190,10 +190,13 @@ def patch_model(
             _uninstall(swap.layer, swap.spec)
         record(model)
         raise
+    new = {swap.layer for swap in swaps}
     for layer, spec in layers:
         mlp = _triton_mlp(layer, spec)
         assert mlp is not None
         mlp.originals = {**mlp.originals, **kept[layer]}
+        if kept[layer] and layer not in new:  # what was compared has other weights
+            mlp.verified = False
     if config is not None:
         record(model)
     if cuda_graphs:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_triton_mlp import (
+    QuantizationConfig,
     TritonMLP,
     TritonMLPConfig,
     linear,
@@ -31,7 +32,7 @@ from hf_triton_mlp.fingerprint import fingerprint
 from hf_triton_mlp.layers import mlp_projections
 from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, VectorMatMulOp, carried
-from hf_triton_mlp.quantization import QuantizationConfig, QuantizedWeight, quantize
+from hf_triton_mlp.quantization import QuantizedWeight, quantize
 from hf_triton_mlp.reading import read_projection
 
 FORMATS = ("int8", "int4", "fp8")
@@ -212,6 +213,7 @@ def test_some_layers_and_then_the_others() -> None:
     assert names == mlp_projections(model, exclude=[2])
     assert model.config.quantization_config.modules == names
     assert [bool(row.weights) for row in patch_report(model).rows] == [True, True, False]
+    assert [row.verified for row in patch_report(model).rows] == ["no", "no", "yes"]
     assert {row.reason for row in patch_report(model).rows} == {""}
     again = tree(model)
     assert tree(patch_model(model, quantization="int8", exclude=[2])) == again
