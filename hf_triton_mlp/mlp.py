@@ -31,7 +31,7 @@ from hf_triton_mlp.ops import (
     norm_function,
     projection_functions,
 )
-from hf_triton_mlp.quantization import QuantizedWeight, from_flat_groups
+from hf_triton_mlp.quantization import QuantizedWeight, from_flat_groups, same_format
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
@@ -681,6 +681,8 @@ class TritonMLP(StandIn):
         up_read, down_read = read_projection(up), read_projection(down)
         gate_read = (None, None) if gate is None else read_projection(gate)
         if up_read is None or down_read is None or gate_read is None:
+            return None
+        if gate_read[0] is not None and not same_format(up_read[0], gate_read[0]):
             return None
         if self.packed is not None:
             weights, biases = split_packed(self.packed, up_read[0]), (None, None)

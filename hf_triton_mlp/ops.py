@@ -19,7 +19,7 @@ from hf_triton_mlp import launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import MLPWeights, Summands, linear, on_device, rows
-from hf_triton_mlp.quantization import QuantizedWeight, Weight
+from hf_triton_mlp.quantization import QuantizedWeight, Weight, same_format
 from hf_triton_mlp.reading import split_packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -233,6 +233,8 @@ def _check_weights(weights: MLPWeights, input: Tensor) -> None:
             f"mismatched projections: up is {tuple(weights.up.shape)}, "
             f"gate is {tuple(weights.gate.shape)}"
         )
+    if weights.gate is not None and not same_format(weights.up, weights.gate):
+        raise TypeError("projections differ: up and gate are not quantized alike")
     for other in (weights.down, weights.gate):
         if other is None:
             continue

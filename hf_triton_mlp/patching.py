@@ -34,7 +34,7 @@ from hf_triton_mlp.mlp import (
     stand_in,
 )
 from hf_triton_mlp.ops import DTYPES
-from hf_triton_mlp.quantization import QuantizationConfig
+from hf_triton_mlp.quantization import QuantizationConfig, same_format
 from hf_triton_mlp.quantizer import check_quantizable, quantization_of, record
 from hf_triton_mlp.reading import (
     has_own_forward,
@@ -165,7 +165,7 @@ def patch_model(
     if config is not None:
         check_quantizable(model, projection_names(model, chosen), config)
     swaps = [
-        replace(_check_layer(spec, name, layer, depth), quantization=config)
+        _check_layer(spec, name, layer, depth, config)
         for name, layer, spec in chosen
         if not _is_patched(name, layer, spec, depth)
     ]
@@ -309,7 +309,13 @@ def _is_patched(name: str, layer: nn.Module, spec: MLPSpec, depth: str) -> bool:
     return True
 
 
-def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swap:
+def _check_layer(
+    spec: MLPSpec,
+    name: str,
+    layer: nn.Module,
+    depth: str,
+    quantization: QuantizationConfig | None = None,
+) -> _Swap:
     """Everything that could go wrong with a layer goes wrong here, before any is changed."""
     depth = _depth(spec, depth)
     if depth == "mlp" and spec.mlp is None:
@@ -361,7 +367,14 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         check_projections(config, (up, gate, down), spec.packed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return _Swap(spec, name, layer, config, depth)
+    if quantization is None and gate is not None:
+        up_read, gate_read = read_projection(up), read_projection(gate)
+        if up_read and gate_read and not same_format(up_read[0], gate_read[0]):
+            raise ValueError(
+                f"{name}: {spec.up} and {spec.gate} are not quantized alike; patch_model(…, "
+                "quantization=…) quantizes both"
+            )
+    return _Swap(spec, name, layer, config, depth, quantization)
 
 
 def _called_norms(spec: MLPSpec, layer: nn.Module, config: MLPConfig) -> list[str]:

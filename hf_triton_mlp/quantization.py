@@ -134,6 +134,17 @@ class QuantizedWeight(NamedTuple):
 Weight: TypeAlias = Tensor | QuantizedWeight
 
 
+def same_format(one: Weight, other: Weight) -> bool:
+    """Whether one kernel reads both: both plain, or of one format and with groups of one size."""
+
+    def format_of(weight: Weight) -> tuple[object, ...] | None:
+        if isinstance(weight, Tensor):
+            return None
+        return weight.format, weight.group_size, weight.scales.dtype, weight.zeros is None
+
+    return format_of(one) == format_of(other)
+
+
 @torch.no_grad()
 def quantize(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
     """The weight (out, in), of any floating dtype, in another format; on its device.

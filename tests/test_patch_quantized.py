@@ -30,7 +30,7 @@ from hf_triton_mlp import (
 from hf_triton_mlp.bound import BoundMLP, BoundParts
 from hf_triton_mlp.fingerprint import fingerprint
 from hf_triton_mlp.layers import mlp_projections
-from hf_triton_mlp.linear import quantized_linears
+from hf_triton_mlp.linear import QuantizedLinear, quantized_linears
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, VectorMatMulOp, carried
 from hf_triton_mlp.quantization import QuantizedWeight, quantize
 from hf_triton_mlp.reading import read_projection
@@ -457,6 +457,26 @@ def test_changes_of_buffers_are_noticed(name: str) -> None:
     CHANGES[name](mlp.up_proj)
     assert not bound.unchanged(parts)
     assert fingerprint(model) != before
+
+
+def test_a_gate_that_is_not_quantized_as_its_up_projection() -> None:
+    """No kernel reads both; patch_model(quantization=…) quantizes the other."""
+    model = tiny.build("llama")
+    mlp = model.model.layers[1].mlp
+    plain = mlp.gate_proj
+    mlp.up_proj = QuantizedLinear.from_linear(mlp.up_proj, CONFIGS["int8"])
+    with pytest.raises(ValueError, match=r"layers\.1: up_proj and gate_proj are not quantized"):
+        patch_model(model)
+    patch_model(model, quantization="int8")
+    assert mlp._weights(None, None) is not None
+    expected = tiny_logits(model)
+    mlp.gate_proj = plain
+    assert mlp._weights(None, None) is None
+    assert (tiny_logits(model) - expected).norm() < 0.05 * expected.norm()
+    weights = quantized_weights(CONFIGS["int8"], True, "cpu")
+    mixed = weights._replace(gate=dense(weights).gate)
+    with pytest.raises(TypeError, match="up and gate are not quantized alike"):
+        ops._check_weights(mixed, torch.zeros(1, 70))
 
 
 def test_inputs_of_another_dtype() -> None:
