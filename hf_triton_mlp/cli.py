@@ -193,7 +193,7 @@ def quantize(
             try:
                 for each in (original, quantized):
                     patch_model(each, cuda_graphs=each.device.type == "cuda")
-            except ValueError as error:  # what can be quantized need not be patched
+            except (ValueError, RuntimeError) as error:  # what is quantized need not be patched
                 console.print(f"compared as they are: {escape(str(error))}", soft_wrap=True)
                 original, quantized = unpatch_model(original), unpatch_model(quantized)
             found = quality.compare(original, quantized, ids)

@@ -411,6 +411,43 @@ def test_opcheck(config: QuantizationConfig) -> None:
     torch.testing.assert_close(found, GELUGemmOp(activation="gelu")(x, part))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_launchers_get_the_weights_as_they_are(
+    config: QuantizationConfig, gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through operations that take them apart; what would launch is recorded."""
+    handed: list[QuantizedWeight] = []
+
+    def launcher(x: torch.Tensor, *arguments: Any, gate: Any = (), **_: Any) -> torch.Tensor:
+        for each in (*arguments, *gate):
+            inside = each if isinstance(each, MLPWeights) else [each]
+            handed.extend(weight for weight in inside if isinstance(weight, QuantizedWeight))
+        out = getattr(arguments[0], "shape", x.shape[1:])[0]
+        return x.new_zeros(x.shape[0], out)
+
+    def key(weight: Any) -> tuple[Any, ...]:
+        return *map(id, weight[:3]), weight.shape, weight.group_size
+
+    monkeypatch.setattr(ops, "kernels_apply", lambda input: True)
+    monkeypatch.setattr(ops, "linear", launcher)
+    for name in ("normed_mlp", "branch_normed_mlp"):
+        monkeypatch.setattr(ops.launchers, name, launcher)
+    weights = quantized_weights(config, gated, "cpu")
+    every = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    x = torch.randn(2, 3, 70)
+    branch_norm = MLPGemmOp(activation="relu", norm="rms_norm", branch_norm="rms_norm")
+    for call, expected in (
+        (lambda: MLPGemmOp(activation="relu")(x, weights), every),
+        (lambda: branch_norm(x, weights), every),
+        (lambda: GELUGemmOp(activation="relu")(x, weights), every),
+        (lambda: VectorMatMulOp()(x[..., :36], weights.down, None), [weights.down]),
+    ):
+        handed.clear()
+        call()
+        assert sorted(map(key, handed)) == sorted(map(key, expected))
+
+
 def test_gradients_reach_the_input() -> None:
     model = patch_model(tiny.build("llama"), quantization="int8")
     embedded = model.get_input_embeddings()(torch.arange(3, 9)[None]).detach().requires_grad_()
@@ -487,7 +524,7 @@ def test_inputs_of_another_dtype() -> None:
 
 
 def test_compiled(device: str) -> None:
-    """A compiled MLP computes from the codes: its graph has the operation, with them as inputs."""
+    """In one graph, with codes and scales as its inputs."""
     model = patch_model(tiny.build("llama").to(device), quantization="int4")
     mlp = model.model.layers[0].mlp
     x = torch.randn(1, 2, tiny.HIDDEN, device=device)
