@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_triton_mlp import decoding
 from hf_triton_mlp.bench import fill, new_run, versions
 from hf_triton_mlp.capture import CACHE, captures_of
+from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.measure import ceilings
 from hf_triton_mlp.patching import patch_model
 from hf_triton_mlp.peers import OURS
@@ -93,6 +94,11 @@ WAYS = {
 }
 
 
+def quantized_way(quantization: str) -> tuple[str, Way]:
+    """Ours with weights of a format that patch_model knows, by name."""
+    return f"{OURS} {quantization}", Way({"cuda_graphs": True, "quantization": quantization})
+
+
 # --- measuring --------------------------------------------------------------------------------
 
 
@@ -102,6 +108,7 @@ def bench_generate(
     *,
     device: torch.device,
     compiled: bool = True,
+    quantizations: Sequence[str] = (),
     rounds: int = 5,
     seconds: float = math.inf,
     kept: dict[str, Any] | None = None,
@@ -111,7 +118,8 @@ def bench_generate(
     """Measure these cells, which `cells` lists, with models on the device, `load(name, dtype)`.
 
     compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
-    not compile, and they are left out. rounds: at least two. The rest is as for `bench_mlp`.
+    not compile, and they are left out. quantizations: formats of weights, each for a contender of
+    ours more. rounds: at least two. The rest is as for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
@@ -127,6 +135,9 @@ def bench_generate(
         "compiled": compiled and on_gpu,
     }
     ways = {name: way for name, way in WAYS.items() if name != COMPILED or record["compiled"]}
+    if quantizations:
+        record["quantization"] = ", ".join(quantizations)
+        ways.update(map(quantized_way, quantizations))
     model: Any = None
     held = None
 
@@ -329,8 +340,11 @@ def _cell(
         found[name] = {}
         with part_of(name) as result:
             contenders[name] = Contender(model, way, sampled)
-            # What other contenders keep does not count, nor does a layout of weights twice.
-            beside = _allocated(model) - alone
+            # What other contenders keep does not count, nor does a layout of weights twice, nor
+            # weights that are there for others, as those are which this one has quantized.
+            quantizes = "quantization" in (way.patch or {})
+            weights = contenders[name].model.get_memory_footprint() if quantizes else alone
+            beside = _allocated(model) - weights
             result["first_call_s"] = round(contenders[name].seconds(prompt, new), 3)
             contenders[name].seconds(prompt, 1)
             with _peak(model) as peak:
@@ -344,9 +358,15 @@ def _cell(
             with part_of(name):
                 whole, first = (contenders[name].seconds(prompt, tokens) for tokens in (new, 1))
                 times[name].append((whole, first))
+    quantized = [name for name in times if "quantization" in (ways[name].patch or {})]
     for name in times:
-        found[name].update(_figures(times, name, place, limit_ms))
-    others = [name for name in times if name != OURS]
+        limit = limit_ms
+        if name in quantized:
+            found[name]["bytes_per_step"] = bytes_per_step(contenders[name].model, place)
+            if read_tb_s is not None:
+                limit = sum(found[name]["bytes_per_step"].values()) / read_tb_s / 1e9
+        found[name].update(_figures(times, name, place, limit))
+    others = [name for name in times if name != OURS and name not in quantized]
     best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
     speedup = None
     if OURS in times and best is not None:
@@ -399,6 +419,7 @@ def bytes_per_step(model: Any, place: dict[str, Any]) -> dict[str, int]:
     if head is not None:
         tables.discard(id(head.weight))
     weights = sum(w.nbytes for w in model.parameters() if id(w) not in tables)
+    weights += sum(linear.quantized.nbytes for _, linear in quantized_linears(model))
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
     cache = getattr(model(tokens, use_cache=True), CACHE)
     states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
@@ -608,7 +629,8 @@ def _partings(cell: dict[str, Any], differences: list[dict[str, Any]]) -> str:
 def markdown(record: dict[str, Any], dtype: str) -> str:
     """For a README: tokens per second of all contenders, and of ours what else is of interest."""
     measured = [cell for cell in record["cells"] if cell["dtype"] == dtype]
-    names = [name for name in WAYS if any(name in cell["contenders"] for cell in measured)]
+    named = dict.fromkeys((*WAYS, *itertools.chain(*(cell["contenders"] for cell in measured))))
+    names = [name for name in named if any(name in cell["contenders"] for cell in measured)]
     lines = [
         ["model", "batch", "tokens", *names, "× the fastest other", "ms a token", "of the limit"]
     ]

@@ -28,6 +28,7 @@ from hf_triton_mlp.kernels import (
     stream_linear_kernel,
     tiled_linear_kernel,
 )
+from hf_triton_mlp.quantization import Weight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
 
@@ -57,15 +58,16 @@ def rows(tensor: Tensor) -> Tensor:
 class MLPWeights(NamedTuple):
     """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
 
+    Those three may be quantized.
     With a gate, the hidden activation is act(x·gateᵀ + gate_bias) * (x·upᵀ + up_bias).
     The last two are of the norms of what joins a residual (`branch_norm` of MLPConfig).
     """
 
-    up: Tensor
-    down: Tensor
+    up: Weight
+    down: Weight
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    gate: Tensor | None = None
+    gate: Weight | None = None
     gate_bias: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None

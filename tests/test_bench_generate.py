@@ -147,6 +147,28 @@ def test_what_fails_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"tokens/s .* failed", console.export_text())
 
 
+def test_quantized_contenders(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    options = ("--prompt", 4, "--new-tokens", 6, "--rounds", 2, "--device", "cpu")
+    formats = ("--quantization", "int8", "--quantization", "int4")
+    result = run(model, *options, *formats, "--json", tmp_path / "record.json")
+    assert result.exit_code == 0, result.output
+    record = bench.read(tmp_path / "record.json")
+    (cell,) = record["cells"]
+    names = [EAGER, OURS_EAGER, OURS, f"{OURS} int8", f"{OURS} int4"]
+    assert list(cell["contenders"]) == names and record["quantization"] == "int8, int4"
+    assert cell["best_other"] in (EAGER, OURS_EAGER)
+    whole = cell["bytes_per_step"]
+    for name in names[3:]:
+        found = cell["contenders"][name]
+        assert "failed" not in found and "captured" in found["graphs"]
+        assert found["bytes_per_step"]["weights"] < whole["weights"]
+        assert found["bytes_per_step"]["keys_and_values"] == whole["keys_and_values"]
+    assert f"| {names[3]} | {names[4]} |" in bench_generate.markdown(record, "float32")
+    again = run(model, *options, "--json", tmp_path / "record.json")
+    assert again.exit_code == 2 and "quantization int8, int4 there" in again.output
+
+
 def test_where_texts_part(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Way(options={"repetition_penalty": 50.0})
     cell = measured(monkeypatch, {EAGER: WAYS[EAGER], "other": other, OURS: WAYS[OURS]}, prompt=9)
