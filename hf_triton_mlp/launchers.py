@@ -23,11 +23,13 @@ from hf_triton_mlp.kernels import (
     norm_kernel,
     norm_sum_kernel,
     persistent_linear_kernel,
+    quantized_linear_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
     stream_linear_kernel,
     tiled_linear_kernel,
 )
+from hf_triton_mlp.quantization import QuantizedWeight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
 
@@ -54,6 +56,10 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
+#: A matrix (out, in), as it is or quantized.
+Weight = Tensor | QuantizedWeight
+
+
 class MLPWeights(NamedTuple):
     """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
 
@@ -61,11 +67,11 @@ class MLPWeights(NamedTuple):
     The last two are of the norms of what joins a residual (`branch_norm` of MLPConfig).
     """
 
-    up: Tensor
-    down: Tensor
+    up: Weight
+    down: Weight
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
-    gate: Tensor | None = None
+    gate: Weight | None = None
     gate_bias: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
@@ -179,10 +185,10 @@ def launch(call: Launch) -> Any:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     *,
-    gate: tuple[Tensor | None, Tensor | None] = (None, None),
+    gate: tuple[Weight | None, Tensor | None] = (None, None),
     activation: str | None = None,
     norm: Norm | None = None,
     summands: Summands = NO_SUMMANDS,
@@ -199,7 +205,7 @@ def linear(
     M, N = x.shape[0], weight.shape[0]
     if M == 0:
         return x.new_empty((0, N))
-    plan = plan or plan_linear(M, weight, gated=gate[0] is not None)
+    plan = plan or plan_linear(M, weight, gated=gate[0] is not None, dtype=x.dtype)
     if norm is not None and not plan.fuses_norm:
         x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
         norm, summands, waited = None, NO_SUMMANDS, True
@@ -239,8 +245,8 @@ def normed_mlp(
     if scaled:
         x = scaled_add(residual, x, bias, branch_scale)
         residual, bias, early = None, None, True
-    up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None)
-    down_plan = plans[1] or plan_linear(x.shape[0], w.down)
+    up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
+    down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
     in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
     carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -291,8 +297,8 @@ def branch_normed_mlp(
     x: rows (tokens, H). Four launches, or more where K is split.
     """
     w = weights
-    up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None)
-    down_plan = plan_linear(x.shape[0], w.down)
+    up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
+    down_plan = plan_linear(x.shape[0], w.down, dtype=x.dtype)
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     normed = None if norm is None else torch.empty_like(total)
     attention_norm = BranchNorm(
@@ -316,9 +322,9 @@ def branch_normed_mlp(
 
 def library_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None],
+    gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
     summands: Summands,
 ) -> Tensor:
@@ -339,13 +345,16 @@ def library_linear(
     return out
 
 
-def plan_linear(M: int, weight: Tensor, *, gated: bool = False) -> Plan:
-    """How M rows times weight (N, K) run on its device."""
-    return tuning.plan(linear_of(M, weight, gated), *gpu(weight.device.index))
+def plan_linear(
+    M: int, weight: Weight, *, gated: bool = False, dtype: torch.dtype | None = None
+) -> Plan:
+    """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
+    codes = weight.codes if isinstance(weight, QuantizedWeight) else weight
+    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(codes.device.index))
 
 
 def executable(
-    plan: Plan, x: Tensor, weight: Tensor, gate: Tensor | None, summands: Summands
+    plan: Plan, x: Tensor, weight: Tensor, gate: Weight | None, summands: Summands
 ) -> Plan:
     """The plan, or another one where TMA cannot address these."""
     if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
@@ -354,17 +363,22 @@ def executable(
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
-def linear_of(M: int, weight: Tensor, gated: bool) -> Linear:
+def linear_of(
+    M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None
+) -> Linear:
     N, K = weight.shape
+    if isinstance(weight, QuantizedWeight):
+        group = 0 if weight.scales.shape[1] == 1 else weight.group_size
+        return Linear(M, N, K, dtype or torch.float16, True, gated, weight.format, group)
     return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
 
 
 def linear_launch(
     plan: Plan,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None],
+    gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
     norm: Norm | None,
     summands: Summands,
@@ -378,6 +392,10 @@ def linear_launch(
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
+    if isinstance(weight, QuantizedWeight):
+        return quantized_launch(
+            plan, x, weight, bias, gate, activation, norm, summands, out, waited
+        )
     blocks = -(-N // plan.block_n)
     scalars = (
         M,
@@ -495,6 +513,88 @@ def linear_launch(
     return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
 
 
+def quantized_launch(
+    plan: Plan,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    activation: str | None,
+    norm: Norm | None,
+    summands: Summands,
+    out: Tensor,
+    waited: bool,
+) -> Launch:
+    """`linear_launch` of quantized weights, with a plan for these."""
+    (M, K), (N, _) = x.shape, weight.shape
+    gate_weight, gate_bias = gate
+    codes, scales, zeros = stored(weight)
+    gate_codes, gate_scales, gate_zeros = stored(gate_weight)
+    add, add2, add_bias = summands
+    kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
+    tensors = (
+        x, add, add2, carry, out,
+        codes, scales, zeros, bias, gate_codes, gate_scales, gate_zeros, gate_bias,
+        norm_weight, norm_bias, add_bias,
+    )  # fmt: skip
+    scalars = (
+        M,
+        N,
+        K,
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        0 if add2 is None else add2.stride(0),
+        codes.stride(0),
+        0 if gate_codes is None else gate_codes.stride(0),
+        *scales.stride(),
+        eps,
+    )
+    span = 128 if weight.format == "int4" else 64
+    depth = plan.block_k // plan.num_warps
+    blocks = -(-N // plan.block_n)
+    programs = min(plan.programs // plan.splits or blocks, blocks)
+    steps = plan.splits * plan.block_k
+    if scales.shape[1] == 1:
+        use = "result"
+    else:
+        use = "sums" if weight.group_size % depth == 0 else "weights"
+    constants = (
+        kind,
+        carry_normed,
+        activation,
+        weight.format,
+        weight.group_size,
+        use,
+        span,
+        plan.block_m,
+        plan.block_n,
+        plan.block_k,
+        plan.num_warps,
+        plan.num_stages,
+        plan.splits,
+        -(-K // steps),
+        # Tiles that are whole for every part of K.
+        K // plan.block_k if plan.splits == 1 else K // steps if K % steps == 0 else 0,
+        N % (programs * plan.block_n) == 0,
+        -(-blocks // programs),
+        triton.next_power_of_2(-(-K // programs)),
+        plan.pdl,
+        waited and plan.lines == 0,
+    )
+    grid = (programs * plan.splits, 1, 1)
+    return Launch(
+        quantized_linear_kernel, grid, tensors, scalars, constants, plan.num_warps, 1, plan.pdl
+    )
+
+
+def stored(weight: Weight | None) -> tuple[Any, Any, Any]:
+    """Codes (bytes or words), scales and zeros as kernels take them."""
+    if not isinstance(weight, QuantizedWeight):
+        return None, None, None
+    codes = weight.codes if weight.format == "int4" else weight.codes.view(torch.int8)
+    return codes, weight.scales, weight.zeros
+
+
 def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:
     """Memory for the products of `plan.splits` parts of K, of W and of its gate."""
     products = 2 * plan.splits if gated else plan.splits
@@ -504,9 +604,9 @@ def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:
 def split_launches(
     plan: Plan,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None],
+    gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
     norm: Norm | None,
     summands: Summands,

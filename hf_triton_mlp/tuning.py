@@ -28,6 +28,9 @@ DECODE_ROWS = 16
 #: unit (TF32 is not IEEE), is multiplied by them; more rows would be bound by them.
 SKINNY_ROWS = 4
 
+#: Up to this many rows "quantized" computes the norm in front too.
+NORMED_ROWS = 4
+
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
 LIBRARY_ROWS = 129
 
@@ -52,7 +55,7 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-KERNELS = ("skinny", "stream", "decode", "tiled", "persistent", "library")
+KERNELS = ("skinny", "stream", "decode", "tiled", "persistent", "library", "quantized")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,8 @@ class Plan:
     @property
     def fuses_norm(self) -> bool:
         """Whether the kernel computes the norm in front of the linear layer too."""
-        return self.kernel in ("skinny", "stream")
+        few = self.kernel == "quantized" and self.splits == 1 and self.block_m <= NORMED_ROWS
+        return self.kernel in ("skinny", "stream") or few
 
     def __str__(self) -> str:
         if self.kernel == "library":
@@ -122,6 +126,7 @@ class Plan:
             "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, SKINNY_ROWS)),
             "stream": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
+            "quantized": (1, min(self.block_m, DECODE_ROWS)),
             "persistent": (DECODE_ROWS + 1, 0 if dtype == torch.float32 else M),
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
@@ -141,6 +146,7 @@ class Linear(NamedTuple):
 
     k_contiguous: W is stored (out, in), as nn.Linear does; False for Conv1D's (in, out).
     gated: a second weight gates the result.
+    format, group: of a QuantizedWeight; None, and 0 for whole rows.
     """
 
     M: int
@@ -149,6 +155,8 @@ class Linear(NamedTuple):
     dtype: torch.dtype
     k_contiguous: bool = True
     gated: bool = False
+    format: str | None = None
+    group: int = 0
 
     @property
     def key(self) -> str:
@@ -156,6 +164,8 @@ class Linear(NamedTuple):
         rows = min(1 << (self.M - 1).bit_length(), 8192)
         dtype = str(self.dtype).removeprefix("torch.")
         kind = ("" if self.k_contiguous else " conv1d") + (" gated" if self.gated else "")
+        if self.format is not None:
+            kind = f" {self.format}" + (f"g{self.group}" if self.group else "") + kind
         return f"{dtype} {self.N}x{self.K}{kind} M={rows}"
 
 
@@ -179,6 +189,8 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
     """
     check_capability(capability)
     pdl = capability >= PDL_CAPABILITY
+    if linear.format is not None:
+        return _choose_quantized(linear, pdl)
     if linear.dtype == torch.float32:
         if linear.M <= SKINNY_ROWS:
             return _choose_skinny(linear, pdl)
@@ -233,6 +245,27 @@ def _choose_decode(linear: Linear, pdl: bool) -> Plan:
         block_k=64 if wide or linear.gated else 128,
         slices=4,
         num_stages=3,
+        pdl=pdl,
+    )
+
+
+def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
+    """Codes through registers, 16 outputs and whole rows for one row, more and K split for more."""
+    if linear.M > DECODE_ROWS:
+        return Plan(kernel="library", pdl=pdl)
+    span = 128 if linear.format == "int4" else 64
+    rows = 1 << (linear.M - 1).bit_length()
+    block_n = 16 if linear.M == 1 or linear.gated else 32 if linear.M <= 4 else 64
+    programs = -(-linear.N // block_n)
+    return Plan(
+        kernel="quantized",
+        block_m=rows,
+        block_n=block_n,
+        block_k=8 * span,
+        num_warps=8,
+        num_stages=4,
+        splits=_splits(programs, 2 * BUSY_PROGRAMS),
+        programs=2 * BUSY_PROGRAMS,
         pdl=pdl,
     )
 
