@@ -363,9 +363,7 @@ def executable(
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
-def linear_of(
-    M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None
-) -> Linear:
+def linear_of(M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None) -> Linear:
     N, K = weight.shape
     if isinstance(weight, QuantizedWeight):
         group = 0 if weight.scales.shape[1] == 1 else weight.group_size

@@ -29,7 +29,10 @@ DECODE_ROWS = 16
 SKINNY_ROWS = 4
 
 #: Up to this many rows "quantized" computes the norm in front too.
-NORMED_ROWS = 4
+NORMED_ROWS = 2
+
+#: How deep a tile of "quantized" is for each warp, at least.
+QUANTIZED_DEPTH = 128
 
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
 LIBRARY_ROWS = 129
@@ -136,6 +139,11 @@ class Plan:
         if self.kernel == "stream":
             # What a warp multiplies at once: 8 rows, 8 columns, 32 deep.
             least_of = {"block_m": 8, "block_n": 8, "block_k": 32 * self.num_warps}
+            for name, least in least_of.items():
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} must be at least {least} for {self}")
+        if self.kernel == "quantized":
+            least_of = {"block_n": 16, "block_k": QUANTIZED_DEPTH * self.num_warps}
             for name, least in least_of.items():
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least} for {self}")
@@ -253,19 +261,16 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     """Codes through registers, 16 outputs and whole rows for one row, more and K split for more."""
     if linear.M > DECODE_ROWS:
         return Plan(kernel="library", pdl=pdl)
-    span = 128 if linear.format == "int4" else 64
-    rows = 1 << (linear.M - 1).bit_length()
-    block_n = 16 if linear.M == 1 or linear.gated else 32 if linear.M <= 4 else 64
-    programs = -(-linear.N // block_n)
+    block_n = 16 if linear.M <= 2 or linear.gated else 32
     return Plan(
         kernel="quantized",
-        block_m=rows,
+        block_m=1 << (linear.M - 1).bit_length(),
         block_n=block_n,
-        block_k=8 * span,
+        block_k=8 * QUANTIZED_DEPTH,
         num_warps=8,
-        num_stages=4,
-        splits=_splits(programs, 2 * BUSY_PROGRAMS),
-        programs=2 * BUSY_PROGRAMS,
+        num_stages=4 if linear.M <= 2 and not linear.gated else 2,
+        splits=_splits(-(-linear.N // block_n), 2 * BUSY_PROGRAMS),
+        programs=2 * BUSY_PROGRAMS if linear.M <= NORMED_ROWS else 0,
         pdl=pdl,
     )
 

@@ -10,7 +10,6 @@ from hf_triton_mlp.kernels.dequantize import int4_values, int8_values, where_kep
 from hf_triton_mlp.kernels.norm import apply_affine, load_sum, normalize
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
-from hf_triton_mlp.kernels.widen import widen
 
 
 @triton.jit
@@ -27,9 +26,7 @@ def code_indices(
 
 
 @triton.jit
-def row_indices(
-    ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, SPAN: tl.constexpr
-):
+def row_indices(ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, SPAN: tl.constexpr):
     """Row and k of the values of a tile of x as `as_fragment` wants them.
 
     A product of the matrix units has 8 columns (of the transposed output), which are 8 rows of x, or
@@ -114,27 +111,11 @@ def as_fragment(
 
 
 @triton.jit
-def sum_of_rows(
-    tile, ROWS: tl.constexpr, SLICES: tl.constexpr
-):
-    """Sums of each row's values in a tile of `row_indices`: (ROWS,)."""
+def by_rows(tile, ROWS: tl.constexpr):
+    """A tile of `row_indices` as (rows / 8 or 1, …, up to 8 rows, …)."""
     HIGH: tl.constexpr = max(ROWS, 8) // 8
     LOW: tl.constexpr = min(ROWS, 8)
-    PARTS: tl.constexpr = tile.shape[0] // (HIGH * SLICES * 8)
-    tile = tl.reshape(tile, (HIGH, PARTS * SLICES * 8 // LOW, LOW, tile.shape[1]))
-    return tl.reshape(tl.sum(tl.sum(tile, axis=3), axis=1), (ROWS,))
-
-
-@triton.jit
-def spread_rows(
-    values, like, ROWS: tl.constexpr, SLICES: tl.constexpr
-):
-    """Values (ROWS,) where a tile of `row_indices` has their rows."""
-    HIGH: tl.constexpr = max(ROWS, 8) // 8
-    LOW: tl.constexpr = min(ROWS, 8)
-    values = tl.reshape(values, (HIGH, 1, LOW, 1))
-    shape: tl.constexpr = (HIGH, like.shape[0] // (HIGH * LOW), LOW, like.shape[1])
-    return tl.reshape(tl.broadcast_to(values, shape), like.shape)
+    return tl.reshape(tile, (HIGH, tile.shape[0] // (HIGH * LOW), LOW, tile.shape[1]))
 
 
 @triton.jit
@@ -148,9 +129,7 @@ def multiply(w, x, acc):
 
 
 @triton.jit
-def spread_scales(
-    scales, HIGH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr
-):
+def spread_scales(scales, HIGH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
     """Scales (4, HIGH * SLICES * 8), alike in a column, as (SLICES, rows, COLUMNS) in float32.
 
     Each of the 4 threads of a row has loaded what it multiplies its sums by.
@@ -304,29 +283,32 @@ def norm_of_tiles(
     """
     TILES: tl.constexpr = len(x)
     sums = ()
-    total = tl.zeros(k.shape, tl.float32)
+    valid = ()
     for i in tl.static_range(TILES):
-        s = widen(x[i])
+        s = by_rows(x[i], ROWS).to(tl.float32)
         if len(add) > 0:
-            s += widen(add[i])
+            s += by_rows(add[i], ROWS).to(tl.float32)
         if len(add_bias) > 0:
-            s += widen(add_bias[i])
-        total += s
+            s += by_rows(add_bias[i], ROWS).to(tl.float32)
         sums += (s,)
-    mean = tl.zeros((ROWS,), tl.float32)
+        valid += (by_rows(k < K - i * BLOCK_K, ROWS),)
+    total = tl.zeros(sums[0].shape, tl.float32)
     if NORM == "layer_norm":
-        mean += sum_of_rows(total, ROWS, SLICES) / K
-    means = spread_rows(mean, k, ROWS, SLICES)
-    squares = tl.zeros(k.shape, tl.float32)
+        for i in tl.static_range(TILES):
+            total += sums[i]
+    mean = tl.sum(tl.sum(total, axis=3), axis=1) / K
+    squares = tl.zeros(total.shape, tl.float32)
     for i in tl.static_range(TILES):
-        centred = tl.where(k < K - i * BLOCK_K, sums[i] - means, 0.0)
+        centred = tl.where(valid[i], sums[i] - mean[:, None, :, None], 0.0)
         squares += centred * centred
-    rstd = tl.div_rn(1.0, tl.sqrt_rn(sum_of_rows(squares, ROWS, SLICES) / K + eps))
-    rstds = spread_rows(rstd, k, ROWS, SLICES)
+    squares = tl.sum(tl.sum(squares, axis=3), axis=1)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(squares / K + eps))
     tiles = ()
     for i in tl.static_range(TILES):
-        u = apply_affine((sums[i] - means) * rstds, affine[i], affine[TILES + i], NORM)
-        tiles += (tl.where(k < K - i * BLOCK_K, u, 0.0).to(x[i].dtype),)
+        u = (sums[i] - mean[:, None, :, None]) * rstd[:, None, :, None]
+        u = apply_affine(u, by_rows(affine[i], ROWS), by_rows(affine[TILES + i], ROWS), NORM)
+        u = tl.where(valid[i], u, 0.0).to(x[i].dtype)
+        tiles += (tl.reshape(u, k.shape),)
     return tiles, mean, rstd
 
 
@@ -513,8 +495,8 @@ def quantized_linear_kernel(
             x, add, add_bias, affine, k_x, K, eps, NORM, ROWS, BLOCK_K, SLICES
         )
         if CARRY_NORMED:
-            mean = mean[:, None]
-            rstd = rstd[:, None]
+            mean = tl.reshape(mean, (ROWS, 1))
+            rstd = tl.reshape(rstd, (ROWS, 1))
             carry = normalize(carry, mean, rstd, norm_w_ptr, norm_b_ptr, offs_c, mask_c, NORM)
         tl.store(
             carry_ptr + rows * K + offs_c,
@@ -560,19 +542,49 @@ def quantized_linear_kernel(
                 SPAN,
             )
         if t + AHEAD < STEPS:
-            w += load_tiles(weights, stored, t + AHEAD, t + AHEAD + 1, TILES, STORED_K, WHOLE, EVEN, "evict_first")
+            w += load_tiles(
+                weights,
+                stored,
+                t + AHEAD,
+                t + AHEAD + 1,
+                TILES,
+                STORED_K,
+                WHOLE,
+                EVEN,
+                "evict_first",
+            )
             if gated:
-                g += load_tiles(gates, stored, t + AHEAD, t + AHEAD + 1, TILES, STORED_K, WHOLE, EVEN, "evict_first")
+                g += load_tiles(
+                    gates,
+                    stored,
+                    t + AHEAD,
+                    t + AHEAD + 1,
+                    TILES,
+                    STORED_K,
+                    WHOLE,
+                    EVEN,
+                    "evict_first",
+                )
             if GROUPED:
-                s += load_scales(scales_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN)
+                s += load_scales(
+                    scales_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN
+                )
             if asymmetric:
-                z += load_scales(zeros_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN)
+                z += load_scales(
+                    zeros_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN
+                )
             if gated and GROUPED:
-                gs += load_scales(gate_scales_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN)
+                gs += load_scales(
+                    gate_scales_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN
+                )
             if gated and asymmetric:
-                gz += load_scales(gate_zeros_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN)
+                gz += load_scales(
+                    gate_zeros_of, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, GROUP, WHOLE, EVEN
+                )
             if NORM is None and t + AHEAD >= AHEAD_X and t + AHEAD < TILES:
-                x += load_tiles(inputs, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, WHOLE, True, "")
+                x += load_tiles(
+                    inputs, K, t + AHEAD, t + AHEAD + 1, TILES, BLOCK_K, WHOLE, True, ""
+                )
         if t % TILES == TILES - 1:
             y = sum_columns(acc, ROWS)
             gate = gate_b
