@@ -125,6 +125,23 @@ def int8_values(codes, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def ones_like(values):
+    """Ones, of 16 bits, that Triton takes for something made of the values: in their layout."""
+    ONES: tl.constexpr = "0x3c003c00" if values.dtype == tl.float16 else "0x3f803f80"
+    if INTERPRETED:
+        return tl.full(values.shape, 1.0, values.dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, " + ONES + ";",
+            "=r,r",
+            [values],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
 def where_kept(kept, values):
     """values, 16 bits, where kept is -1 (int16), 0 where it is 0: one instruction for two."""
     if INTERPRETED:

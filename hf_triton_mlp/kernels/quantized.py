@@ -6,7 +6,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
-from hf_triton_mlp.kernels.dequantize import int4_values, int8_values, where_kept
+from hf_triton_mlp.kernels.dequantize import int4_values, int8_values, ones_like, where_kept
 from hf_triton_mlp.kernels.norm import apply_affine, load_sum, normalize
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
@@ -141,12 +141,40 @@ def spread_scales(scales, HIGH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
+def first_rows(w, ROWS: tl.constexpr):
+    """The first ROWS of the rows of w (slices, rows, depth)."""
+    if w.shape[1] == ROWS:
+        return w
+    else:
+        parts = tl.reshape(w, (w.shape[0], 2, w.shape[1] // 2, w.shape[2]))
+        first, _ = tl.split(tl.permute(parts, (0, 2, 3, 1)))
+        return first_rows(first, ROWS)
+
+
+@triton.jit
+def sum_rows(w, x):
+    """Sums over the depth of x, (SLICES, rows of w, columns), alike in a column.
+
+    The matrix units put them into the threads that have the sums of products; ones made from 16
+    rows of w have its layout.
+    """
+    SLICES: tl.constexpr = w.shape[0]
+    COLUMNS: tl.constexpr = x.shape[2]
+    ones = ones_like(first_rows(w, 16))
+    sums = multiply(ones, x, tl.zeros((SLICES, 16, COLUMNS), tl.float32))
+    sums = tl.reshape(sums, (SLICES, 1, 16, COLUMNS))
+    sums = tl.broadcast_to(sums, (SLICES, w.shape[1] // 16, 16, COLUMNS))
+    return tl.reshape(sums, (SLICES, w.shape[1], COLUMNS))
+
+
+@triton.jit
 def multiply_tile(
     codes,
     scales,
     zeros,
     t: tl.constexpr,
     x,
+    x_sums,
     acc,
     FORMAT: tl.constexpr,
     SCALES: tl.constexpr,
@@ -157,19 +185,30 @@ def multiply_tile(
 ):
     """acc + W · x for each slice of K: (SLICES, BLOCK_N, columns); x from `as_fragment`.
 
-    scales, zeros: of all tiles, of which this is number t; they may be empty.
+    scales, zeros: of all tiles, of which this is number t; they may be empty. Where scales multiply
+    sums, zeros do: x_sums are x's of this tile, empty if there are none yet. Returns them too.
     """
-    values = weight_values(codes, FORMAT, x.dtype, SPAN)
-    if len(zeros) > 0:
-        values = values - tl.trans(zeros[t])[:, :, None].to(x.dtype)
+    # The interpreter adds and multiplies the raw integers of bfloat16 too.
+    DTYPE: tl.constexpr = tl.float32 if INTERPRETED and x.dtype == tl.bfloat16 else x.dtype
+    values = weight_values(codes, FORMAT, DTYPE, SPAN)
     if SCALES == "weights":
-        values = values * tl.trans(scales[t])[:, :, None].to(x.dtype)
+        if len(zeros) > 0:
+            # In two parts: what one rounds away would be wrong in the same way for a whole group.
+            zero = tl.trans(zeros[t])[:, :, None].to(tl.float32) - 8.0
+            most = zero.to(DTYPE)
+            values = values - most - (zero - most.to(tl.float32)).to(DTYPE)
+        values = values * tl.trans(scales[t])[:, :, None].to(DTYPE)
     w = as_matrix(values, HIGH, CHUNKS, SLICES, SPAN)
     if SCALES == "sums":
         part = multiply(w, x, tl.zeros(acc.shape, tl.float32))
-        return acc + part * spread_scales(scales[t], HIGH, SLICES, acc.shape[2])
+        if len(zeros) > 0:
+            if len(x_sums) == 0:
+                x_sums = (sum_rows(w, x),)
+            part -= x_sums[0] * (spread_scales(zeros[t], HIGH, SLICES, acc.shape[2]) - 8.0)
+        acc += part * spread_scales(scales[t], HIGH, SLICES, acc.shape[2])
     else:
-        return multiply(w, x, acc)
+        acc = multiply(w, x, acc)
+    return acc, x_sums
 
 
 @triton.jit
@@ -419,10 +458,12 @@ def quantized_linear_kernel(
     if ADDED > 0:
         added = (add_ptr + row_x.to(tl.int64) * stride_add + k_x, row_x, k_x, stride_add, M, 0)
     # Sums are of whole slices, weights of threads.
-    SCALED: tl.constexpr = CHUNKS if SCALES == "weights" or asymmetric else 1
+    SCALED: tl.constexpr = CHUNKS if SCALES == "weights" else 1
     row_s, k_s = code_indices(HIGH, SCALED, SLICES, 4)
     row_s = tl.trans(row_s) + pid * BLOCK_N
     k_s = tl.trans(k_s)
+    if SCALES == "sums":
+        k_s = k_s // 4 * 4
     k_s = k_s * (BLOCK_K // (SLICES * SCALED * 4)) + first_k
     scales_of = (scale_ptr, row_s, k_s, stride_sn, stride_sg, N, apart)
     zeros_of = (zero_ptr, row_s, k_s, stride_sn, stride_sg, N, apart)
@@ -523,16 +564,17 @@ def quantized_linear_kernel(
             acc = tl.zeros((SLICES, BLOCK_N, COLUMNS), tl.float32)
             gate_acc = acc
         fragment = as_fragment(x[t % TILES], ROWS, CHUNKS, SLICES, SPAN)
-        acc = multiply_tile(
-            w[t], s, z, t, fragment, acc, FORMAT, SCALES, HIGH, CHUNKS, SLICES, SPAN
+        acc, x_sums = multiply_tile(
+            w[t], s, z, t, fragment, (), acc, FORMAT, SCALES, HIGH, CHUNKS, SLICES, SPAN
         )
         if gated:
-            gate_acc = multiply_tile(
+            gate_acc, x_sums = multiply_tile(
                 g[t],
                 gs,
                 gz,
                 t,
                 fragment,
+                x_sums,
                 gate_acc,
                 FORMAT,
                 SCALES,
