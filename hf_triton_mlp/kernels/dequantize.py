@@ -1,4 +1,4 @@
-"""Codes of 8 and 4 bits to 16-bit values, exactly and in registers."""
+"""Codes of 8 and 4 bits to values, exactly and in registers."""
 
 import triton
 import triton.language as tl
@@ -64,6 +64,50 @@ INT8_TO_BFLOAT16 = tl.constexpr(
 )
 
 
+#: Sign, exponent and digits of e4m3 where float16 has them, whose exponents mean 2**-8 times it.
+FP8_TO_FLOAT16 = tl.constexpr(
+    "{ .reg .b32 t, u, unit; mov.b32 unit, 0x5c005c00;"
+    + "".join(
+        f" prmt.b32 t, $2, 0, {selector};"
+        f" shr.u32 u, t, 1; and.b32 u, u, 0x3f803f80;"
+        f" lop3.b32 t, t, 0x80008000, u, 0xea;"
+        f" mul.rn.f16x2 ${i}, t, unit;"
+        for i, selector in enumerate(("0x1404", "0x3424"))
+    )
+    + " }"
+)
+
+#: Bfloat16's mean 2**-120 times it.
+FP8_TO_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 t, u, unit, zero; mov.b32 unit, 0x7b807b80; mov.b32 zero, 0x80008000;"
+    + "".join(
+        f" prmt.b32 t, $2, 0, {selector};"
+        f" shr.u32 u, t, 4; and.b32 u, u, 0x07f007f0;"
+        f" lop3.b32 t, t, zero, u, 0xea;"
+        f" fma.rn.bf16x2 ${i}, t, unit, zero;"
+        for i, selector in enumerate(("0x1404", "0x3424"))
+    )
+    + " }"
+)
+
+
+@triton.jit
+def exact_float(number):
+    """Integers from 0 to 2**23 - 1 in float32: the low digits of 2**23, whose last is worth 1.
+
+    A conversion takes as long as four other instructions.
+    """
+    return (number | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def wide_fp8(codes):
+    """Bytes of e4m3 in float32, whose exponents mean 2**-120 times these."""
+    codes = codes.to(tl.int32)
+    bits = ((codes & 127) << 20) | ((codes & 128) << 24)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
 @triton.jit
 def int4_registers(words, DTYPE: tl.constexpr):
     """What INT4_TO_FLOAT16 or INT4_TO_BFLOAT16 make of words: 8 tensors of their shape.
@@ -71,7 +115,7 @@ def int4_registers(words, DTYPE: tl.constexpr):
     Of two neighbours, register i has codes 2 * i and 2 * i + 1 of the 16 in both. Triton takes them
     for what became of the one and of the other word.
     """
-    if DTYPE == tl.float16:
+    if DTYPE.is_fp16():
         return tl.inline_asm_elementwise(
             INT4_TO_FLOAT16,
             "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
@@ -110,17 +154,19 @@ def int4_values(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def int8_values(codes, DTYPE: tl.constexpr):
-    """int8 codes in DTYPE."""
+def byte_values(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes of int8 or fp8 in DTYPE."""
     if INTERPRETED:
-        return codes.to(DTYPE)
-    elif DTYPE == tl.float16:
+        return (codes if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
+    elif DTYPE.is_fp16():
+        ASM: tl.constexpr = INT8_TO_FLOAT16 if FORMAT == "int8" else FP8_TO_FLOAT16
         return tl.inline_asm_elementwise(
-            INT8_TO_FLOAT16, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
         )
     else:
+        ASM: tl.constexpr = INT8_TO_BFLOAT16 if FORMAT == "int8" else FP8_TO_BFLOAT16
         return tl.inline_asm_elementwise(
-            INT8_TO_BFLOAT16, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            ASM, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
         )
 
 

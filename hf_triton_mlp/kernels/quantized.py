@@ -1,12 +1,17 @@
-"""Linear layers of quantized weights for up to 16 rows: codes go from memory through registers, where
-they become 16-bit values, to the matrix units."""
+"""Linear layers of quantized weights for up to 16 rows: codes go from memory through registers,
+where they become 16-bit values, to the matrix units."""
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
-from hf_triton_mlp.kernels.dequantize import int4_values, int8_values, ones_like, where_kept
+from hf_triton_mlp.kernels.dequantize import (
+    byte_values,
+    int4_values,
+    ones_like,
+    where_kept,
+)
 from hf_triton_mlp.kernels.norm import apply_affine, load_sum, normalize
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
@@ -29,9 +34,9 @@ def code_indices(
 def row_indices(ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, SPAN: tl.constexpr):
     """Row and k of the values of a tile of x as `as_fragment` wants them.
 
-    A product of the matrix units has 8 columns (of the transposed output), which are 8 rows of x, or
-    fewer, and then `CLASSES` times these: each class has the values of its own products, so that
-    all threads have different ones.
+    A product of the matrix units has 8 columns (of the transposed output), which are 8 rows of x,
+    or fewer, and then `CLASSES` times these: each class has the values of its own products, so
+    that all threads have different ones.
     """
     COLUMNS: tl.constexpr = max(ROWS, 8)
     CLASSES: tl.constexpr = COLUMNS // ROWS
@@ -61,7 +66,7 @@ def weight_values(
     if FORMAT == "int4":
         return int4_values(tl.reshape(codes, (TILE, 4, SPAN // 32)), DTYPE)
     else:
-        return tl.reshape(int8_values(codes, DTYPE), (TILE, 4, SPAN // 4))
+        return tl.reshape(byte_values(codes, FORMAT, DTYPE), (TILE, 4, SPAN // 4))
 
 
 @triton.jit
@@ -215,7 +220,7 @@ def multiply_tile(
 def sum_columns(acc, ROWS: tl.constexpr):
     """The sums (ROWS, BLOCK_N) of all slices' and of all columns of a row."""
     y = tl.trans(tl.sum(acc, axis=0))
-    if ROWS < y.shape[0]:
+    if y.shape[0] > ROWS:
         y = tl.sum(tl.reshape(y, (y.shape[0] // ROWS, ROWS, y.shape[1])), axis=0)
     return y
 
@@ -403,9 +408,10 @@ def quantized_linear_kernel(
 ):
     """What `stream_linear_kernel` computes, of a QuantizedWeight, for M <= ROWS rows.
 
-    W: codes (N, K), int4 in words of 8, by row stride; scales, zeros: (N, groups), strides stride_sn
-    and stride_sg. GROUP: values of a row that share one. SCALES says what these multiply: "result"
-    (one for a row), "sums" of parts of groups, as far as they are in a tile's slice, or "weights".
+    W: codes (N, K), int4 in words of 8, by row stride; scales, zeros: (N, groups), by strides
+    stride_sn and stride_sg. GROUP: values of a row that share one. SCALES says what these multiply:
+    "result" (one for a row), "sums" of parts of groups, as far as they are in a tile's slice, or
+    "weights".
 
     A program computes BLOCKS blocks of BLOCK_N outputs. Each of SLICES warps (all there are)
     multiplies its part of every BLOCK_K of K, chunks of SPAN values: 16 bytes of codes in each of
