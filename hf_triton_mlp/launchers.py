@@ -20,10 +20,12 @@ from hf_triton_mlp.kernels import (
     activation_kernel,
     combine_splits_kernel,
     decode_linear_kernel,
+    dequantize_kernel,
     norm_kernel,
     norm_sum_kernel,
     persistent_linear_kernel,
     quantized_linear_kernel,
+    quantized_tiled_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
     stream_linear_kernel,
@@ -128,6 +130,10 @@ _COMPILED_LIMIT = 4096
 
 #: Products and sums in one instruction, which Triton 3.10 no longer does unless it is told to.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+#: What a part of a quantized weight may take as values, for cuBLAS; it stays in the L2 of an H100.
+SLAB_BYTES = 1 << 25
 
 
 class Launch(NamedTuple):
@@ -272,6 +278,9 @@ def normed_mlp(
     )
     if in_place:
         # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.
+        if isinstance(w.down, QuantizedWeight):
+            multiply_slabs(carry, hidden, w.down, beta=1.0)
+            return carry
         return carry.addmm_(hidden, w.down.t())
     if scaled:
         branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
@@ -329,6 +338,11 @@ def library_linear(
     summands: Summands,
 ) -> Tensor:
     """`linear` by cuBLAS, with what it cannot fuse in a kernel of ours."""
+    if isinstance(weight, QuantizedWeight):
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        multiply_slabs(out, x, weight, bias, gate, activation)
+        return join(out, summands)
+    assert not isinstance(gate[0], QuantizedWeight)
     tanh_gelu = activation in ("gelu_new", "gelu_pytorch_tanh")
     fused = tanh_gelu or activation == "relu"
     if fused and gate[0] is None and bias is not None and x.dtype != torch.float32:
@@ -339,10 +353,49 @@ def library_linear(
         gates = None if gate[0] is None else F.linear(x, gate[0], gate[1])
         if activation is not None:
             launch(activation_launch(out, gates, activation))
+    return join(out, summands)
+
+
+def join(out: Tensor, summands: Summands) -> Tensor:
+    """out + summands, out itself if there are none."""
+    if summands == NO_SUMMANDS:
+        return out
     add, add2, add_bias = summands
-    if add is not None or add2 is not None or add_bias is not None:
-        out = residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
-    return out
+    return residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
+
+
+def multiply_slabs(
+    out: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    gate: tuple[Weight | None, Tensor | None] = (None, None),
+    activation: str | None = None,
+    *,
+    beta: float = 0.0,
+) -> None:
+    """out = beta * out + act(x·weightᵀ + bias) [gated], by cuBLAS, some columns after the others.
+
+    The rows of the weight that give them become 16-bit values, or float32, in the L2, where cuBLAS
+    finds them. beta, for neither a bias nor a gate nor an activation: 0 or 1.
+    """
+    (N, K), gated = weight.shape, isinstance(gate[0], QuantizedWeight)
+    count = min(N, max(SLAB_BYTES // (K * x.itemsize) // 128, 1) * 128)
+    slab = torch.empty((count, K), dtype=x.dtype, device=x.device)
+    gates = torch.empty((x.shape[0], count), dtype=x.dtype, device=x.device) if gated else None
+    for first in range(0, N, count):
+        last = min(first + count, N)
+        values, columns = slab[: last - first], out[:, first:last]
+        launch(dequantize_launch(weight, first, values))
+        torch.addmm(columns, x, values.t(), beta=beta, out=columns)
+        opened = None
+        if isinstance(gate[0], QuantizedWeight) and gates is not None:
+            opened = gates[:, : last - first]
+            launch(dequantize_launch(gate[0], first, values))
+            torch.mm(x, values.t(), out=opened)
+        if bias is not None or activation is not None or opened is not None:
+            biases = (None if b is None else b[first:last] for b in (bias, gate[1]))
+            launch(activation_launch(columns, opened, activation, *biases))
 
 
 def plan_linear(
@@ -354,20 +407,34 @@ def plan_linear(
 
 
 def executable(
-    plan: Plan, x: Tensor, weight: Tensor, gate: Weight | None, summands: Summands
+    plan: Plan, x: Tensor, weight: Weight, gate: Weight | None, summands: Summands
 ) -> Plan:
-    """The plan, or another one where TMA cannot address these."""
+    """The plan, or another one where TMA cannot address these, or vectors cannot be loaded."""
+    if isinstance(weight, QuantizedWeight):
+        if plan.kernel != "quantized" or (in_vectors(weight) and in_vectors(gate)):
+            return plan
+        linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
+        return tuning.choose_quantized_tiled(linear, plan.pdl)
     if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
         return plan
     linear = linear_of(x.shape[0], weight, gate is not None)
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
+def in_vectors(weight: Weight | None) -> bool:
+    """Whether each row of codes starts at a multiple of 16 bytes; None does."""
+    if not isinstance(weight, QuantizedWeight):
+        return True
+    codes = weight.codes
+    return codes.stride(0) * codes.itemsize % 16 == 0 and codes.data_ptr() % 16 == 0
+
+
 def linear_of(M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None) -> Linear:
     N, K = weight.shape
     if isinstance(weight, QuantizedWeight):
         group = 0 if weight.scales.shape[1] == 1 else weight.group_size
-        return Linear(M, N, K, dtype or torch.float16, True, gated, weight.format, group)
+        found = weight.format, group, weight.zeros is not None
+        return Linear(M, N, K, dtype or torch.float16, True, gated, *found)
     return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
 
 
@@ -391,6 +458,8 @@ def linear_launch(
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
     if isinstance(weight, QuantizedWeight):
+        if plan.kernel == "tiled":
+            return quantized_tiled_launch(plan, x, weight, bias, gate, activation, summands, out)
         return quantized_launch(
             plan, x, weight, bias, gate, activation, norm, summands, out, waited
         )
@@ -585,6 +654,69 @@ def quantized_launch(
     )
 
 
+def quantized_tiled_launch(
+    plan: Plan,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    activation: str | None,
+    summands: Summands,
+    out: Tensor,
+) -> Launch:
+    """`linear_launch` of quantized weights, of any format, with a plan for "tiled"."""
+    (M, K), (N, _) = x.shape, weight.shape
+    codes, scales, zeros = stored(weight)
+    gate_codes, gate_scales, gate_zeros = stored(gate[0])
+    add, add2, add_bias = summands
+    tensors = (
+        x, add, add2, out, codes, scales, zeros, bias,
+        gate_codes, gate_scales, gate_zeros, gate[1], add_bias,
+    )  # fmt: skip
+    scalars = (
+        M,
+        N,
+        K,
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        0 if add2 is None else add2.stride(0),
+        codes.stride(0),
+        0 if gate_codes is None else gate_codes.stride(0),
+        *scales.stride(),
+    )
+    constants = (
+        activation,
+        weight.format,
+        *scale_units(weight, plan.block_k),
+        plan.block_m,
+        plan.block_n,
+        plan.block_k,
+        plan.group_m,
+        plan.splits,
+        plan.pdl,
+    )
+    grid = (-(-M // plan.block_m) * -(-N // plan.block_n) * plan.splits, 1, 1)
+    options = plan.num_warps, plan.num_stages, plan.pdl
+    return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
+
+
+def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
+    """The launch that writes rows of a weight from number `first` on into out (rows, K)."""
+    K, block_k, rows = weight.shape[1], 1024, 8
+    codes, scales, zeros = stored(weight)
+    last = first + out.shape[0]
+    scalars = (first, last, K, codes.stride(0), *scales.stride())
+    constants = (weight.format, *scale_units(weight, block_k), rows, block_k)
+    grid = (-(-K // block_k), -(-out.shape[0] // rows), 1)
+    return Launch(dequantize_kernel, grid, (codes, scales, zeros, out), scalars, constants, 4, 1)
+
+
+def scale_units(weight: QuantizedWeight, depth: int) -> tuple[int | None, int]:
+    """The size of its groups, None for whole rows, and a power of two, up to depth, in it."""
+    size = weight.group_size
+    return (None, depth) if weight.scales.shape[1] == 1 else (size, min(size & -size, depth))
+
+
 def stored(weight: Weight | None) -> tuple[Any, Any, Any]:
     """Codes (bytes or words), scales and zeros as kernels take them."""
     if not isinstance(weight, QuantizedWeight):
@@ -632,15 +764,24 @@ def split_launches(
     )
 
 
-def activation_launch(up: Tensor, gate: Tensor | None, activation: str) -> Launch:
-    """The launch that computes act(up), or act(gate) * up, in place of up; (M, N), contiguous."""
+def activation_launch(
+    up: Tensor,
+    gate: Tensor | None,
+    activation: str | None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Launch:
+    """The launch that computes act(up), or act(gate) * up, in place of up: rows (M, N).
+
+    The biases are added first.
+    """
     M, N = up.shape
     block = min(triton.next_power_of_2(N), 1024)
     return Launch(
         activation_kernel,
         (M, -(-N // block), 1),
-        (up, gate),
-        (N,),
+        (up, gate, up_bias, gate_bias),
+        (N, up.stride(0), 0 if gate is None else gate.stride(0)),
         (activation, block),
         num_warps=4,
         num_stages=1,

@@ -34,6 +34,12 @@ NORMED_ROWS = 2
 #: How deep a tile of "quantized" is for each warp, at least.
 QUANTIZED_DEPTH = 128
 
+#: Values of a row that a thread of "quantized" has from one group.
+QUANTIZED_VECTORS = {"int4": 32, "int8": 16, "fp8": 16}
+
+#: With more rows quantized weights are dequantized once, for cuBLAS.
+DEQUANTIZED_ROWS = 128
+
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
 LIBRARY_ROWS = 129
 
@@ -129,7 +135,7 @@ class Plan:
             "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, SKINNY_ROWS)),
             "stream": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
-            "quantized": (1, min(self.block_m, DECODE_ROWS)),
+            "quantized": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "persistent": (DECODE_ROWS + 1, 0 if dtype == torch.float32 else M),
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
@@ -154,7 +160,7 @@ class Linear(NamedTuple):
 
     k_contiguous: W is stored (out, in), as nn.Linear does; False for Conv1D's (in, out).
     gated: a second weight gates the result.
-    format, group: of a QuantizedWeight; None, and 0 for whole rows.
+    format, group, zeros: of a QuantizedWeight; None, 0 for whole rows, and whether it has any.
     """
 
     M: int
@@ -165,6 +171,7 @@ class Linear(NamedTuple):
     gated: bool = False
     format: str | None = None
     group: int = 0
+    zeros: bool = False
 
     @property
     def key(self) -> str:
@@ -173,7 +180,8 @@ class Linear(NamedTuple):
         dtype = str(self.dtype).removeprefix("torch.")
         kind = ("" if self.k_contiguous else " conv1d") + (" gated" if self.gated else "")
         if self.format is not None:
-            kind = f" {self.format}" + (f"g{self.group}" if self.group else "") + kind
+            groups = (f"g{self.group}" if self.group else "") + ("z" if self.zeros else "")
+            kind = f" {self.format}{groups}{kind}"
         return f"{dtype} {self.N}x{self.K}{kind} M={rows}"
 
 
@@ -259,8 +267,16 @@ def _choose_decode(linear: Linear, pdl: bool) -> Plan:
 
 def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     """Codes through registers, 16 outputs and whole rows for one row, more and K split for more."""
-    if linear.M > DECODE_ROWS:
+    depth = QUANTIZED_VECTORS[linear.format or ""]
+    if linear.M > DEQUANTIZED_ROWS:
         return Plan(kernel="library", pdl=pdl)
+    if (
+        linear.M > DECODE_ROWS
+        or linear.dtype == torch.float32
+        or linear.K % 32
+        or linear.group % depth
+    ):
+        return choose_quantized_tiled(linear, pdl)
     block_n = 16 if linear.M <= 2 or linear.gated else 32
     return Plan(
         kernel="quantized",
@@ -268,9 +284,28 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         block_n=block_n,
         block_k=8 * QUANTIZED_DEPTH,
         num_warps=8,
-        num_stages=4 if linear.M <= 2 and not linear.gated else 2,
+        # Zeros take registers: two programs of 255 / 2 are to fit a multiprocessor.
+        num_stages=(3 if linear.zeros else 4) if linear.M <= 2 and not linear.gated else 2,
         splits=_splits(-(-linear.N // block_n), 2 * BUSY_PROGRAMS),
         programs=2 * BUSY_PROGRAMS if linear.M <= NORMED_ROWS else 0,
+        pdl=pdl,
+    )
+
+
+def choose_quantized_tiled(linear: Linear, pdl: bool) -> Plan:
+    """A plan for all formats and sizes, up to DEQUANTIZED_ROWS rows."""
+    float32 = linear.dtype == torch.float32
+    block_m = 16 if float32 else max(16, min(128, 1 << (linear.M - 1).bit_length()))
+    block_n = 32 if float32 else 64
+    tiles = -(-linear.M // block_m) * -(-linear.N // block_n)
+    return Plan(
+        kernel="tiled",
+        block_m=block_m,
+        block_n=block_n,
+        block_k=64,
+        num_stages=3,
+        group_m=8,
+        splits=min(_splits(tiles, 2 * BUSY_PROGRAMS), _floor_power_of_2(linear.K // 64)),
         pdl=pdl,
     )
 

@@ -92,12 +92,13 @@ FP8_TO_BFLOAT16 = tl.constexpr(
 
 
 @triton.jit
-def exact_float(number):
-    """Integers from 0 to 2**23 - 1 in float32: the low digits of 2**23, whose last is worth 1.
+def exact_float(number, OFFSET: tl.constexpr):
+    """number - OFFSET in float32, for integers from 0 to 2**23 - 1.
 
-    A conversion takes as long as four other instructions.
+    They are the low digits of 2**23, whose last is worth 1, and then that is subtracted too: a
+    conversion takes as long as four other instructions.
     """
-    return (number | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return (number | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
 
 
 @triton.jit
