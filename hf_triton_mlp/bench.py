@@ -197,7 +197,7 @@ def _cell(
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     found: dict[str, dict[str, Any]] = {}
     same_bits = False
-    for name, build in peers(case, M, layers[0].up.dtype).items():
+    for name, build in peers(case, M, layers[0].plain[0].dtype).items():
         if name in COMPILED and not compiled:
             continue
         before = time.monotonic()
@@ -226,7 +226,7 @@ def _cell(
     best = min(others, key=lambda name: others[name]["device_us"]["median"])
     # Weights once; the rows in, out and between.
     values = case.weights + M * (3 * case.hidden + 2 * case.intermediate)
-    tb_s = values * layers[0].up.dtype.itemsize / us / 1e6
+    tb_s = values * layers[0].plain[0].itemsize / us / 1e6
     tflop_s = 2 * case.weights * M / us / 1e6
     return {
         "peers": found,

@@ -239,14 +239,16 @@ def _peers(form: str) -> dict[str, MakeLinear]:
 
 def _with_linears(case: Case, layers: list[MLPWeights], make: MakeLinear) -> LayerHalf:
     """A layer half of PyTorch's operations around these linear layers."""
-    linears: list[dict[str, Any]] = [
-        {
-            "up": make(w.up, w.up_bias),
-            "gate": None if w.gate is None else make(w.gate, w.gate_bias),
-            "down": make(w.down, w.down_bias),
-        }
-        for w in layers
-    ]
+    linears: list[dict[str, Any]] = []
+    for w in layers:
+        up, down, gate = w.plain
+        linears.append(
+            {
+                "up": make(up, w.up_bias),
+                "gate": None if gate is None else make(gate, w.gate_bias),
+                "down": make(down, w.down_bias),
+            }
+        )
     norms = [norm_function(case.norm, w.norm_weight, w.norm_bias, 1e-5) for w in layers]
     return lambda a, r, i: compose(
         a, r, None, None, norm=norms[i], activation=case.activation, pre_norm=True, **linears[i]

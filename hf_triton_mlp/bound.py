@@ -143,9 +143,11 @@ class BoundMLP:
             hidden = x.new_empty((M, self.intermediate))
             work = [carry, norm_of_x, hidden]
             joined = Summands(x, r)  # whatever joins is laid out as these are
-            up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
+            up_plan = plan_linear(M, up[0], gated=gate[0] is not None, dtype=x.dtype)
             up_plan = executable(up_plan, x, up[0], gate[0], joined)
-            down_plan = executable(plan_linear(M, down[0]), hidden, down[0], None, joined)
+            down_plan = executable(
+                plan_linear(M, down[0], dtype=x.dtype), hidden, down[0], None, joined
+            )
             if "library" in (up_plan.kernel, down_plan.kernel):
                 return
             calls: list[Launch] = []

@@ -164,7 +164,9 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option(help="codes on both sides of 0; default: all but int4")
     ] = None,
-    refine: Annotated[bool, typer.Option(help="int4: search scales and zeros, which takes longer")] = False,
+    refine: Annotated[
+        bool, typer.Option(help="int4: search scales and zeros, which takes longer")
+    ] = False,
     include: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float16",

@@ -20,15 +20,18 @@ from hf_triton_mlp.kernels import (
     activation_kernel,
     combine_splits_kernel,
     decode_linear_kernel,
+    dequantize_kernel,
     norm_kernel,
     norm_sum_kernel,
     persistent_linear_kernel,
+    quantized_linear_kernel,
+    quantized_tiled_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
     stream_linear_kernel,
     tiled_linear_kernel,
 )
-from hf_triton_mlp.quantization import Weight
+from hf_triton_mlp.quantization import QuantizedWeight, Weight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
 
@@ -73,6 +76,13 @@ class MLPWeights(NamedTuple):
     norm_bias: Tensor | None = None
     attention_norm_weight: Tensor | None = None
     output_norm_weight: Tensor | None = None
+
+    @property
+    def plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """up, down and gate, which must not be quantized."""
+        matrices: Any = self.up, self.down, self.gate
+        assert not any(isinstance(each, QuantizedWeight) for each in matrices)
+        return matrices
 
 
 class Norm(NamedTuple):
@@ -124,6 +134,10 @@ _COMPILED_LIMIT = 4096
 
 #: Products and sums in one instruction, which Triton 3.10 no longer does unless it is told to.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+#: What a part of a quantized weight may take as values, for cuBLAS; it stays in the L2 of an H100.
+SLAB_BYTES = 1 << 25
 
 
 class Launch(NamedTuple):
@@ -181,10 +195,10 @@ def launch(call: Launch) -> Any:
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     *,
-    gate: tuple[Tensor | None, Tensor | None] = (None, None),
+    gate: tuple[Weight | None, Tensor | None] = (None, None),
     activation: str | None = None,
     norm: Norm | None = None,
     summands: Summands = NO_SUMMANDS,
@@ -201,7 +215,7 @@ def linear(
     M, N = x.shape[0], weight.shape[0]
     if M == 0:
         return x.new_empty((0, N))
-    plan = plan or plan_linear(M, weight, gated=gate[0] is not None)
+    plan = plan or plan_linear(M, weight, gated=gate[0] is not None, dtype=x.dtype)
     if norm is not None and not plan.fuses_norm:
         x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
         norm, summands, waited = None, NO_SUMMANDS, True
@@ -241,8 +255,8 @@ def normed_mlp(
     if scaled:
         x = scaled_add(residual, x, bias, branch_scale)
         residual, bias, early = None, None, True
-    up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None)
-    down_plan = plans[1] or plan_linear(x.shape[0], w.down)
+    up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
+    down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
     in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
     carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -268,6 +282,9 @@ def normed_mlp(
     )
     if in_place:
         # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.
+        if isinstance(w.down, QuantizedWeight):
+            multiply_slabs(carry, hidden, w.down, beta=1.0)
+            return carry
         return carry.addmm_(hidden, w.down.t())
     if scaled:
         branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
@@ -293,8 +310,8 @@ def branch_normed_mlp(
     x: rows (tokens, H). Four launches, or more where K is split.
     """
     w = weights
-    up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None)
-    down_plan = plan_linear(x.shape[0], w.down)
+    up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
+    down_plan = plan_linear(x.shape[0], w.down, dtype=x.dtype)
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     normed = None if norm is None else torch.empty_like(total)
     attention_norm = BranchNorm(
@@ -318,13 +335,18 @@ def branch_normed_mlp(
 
 def library_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None],
+    gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
     summands: Summands,
 ) -> Tensor:
     """`linear` by cuBLAS, with what it cannot fuse in a kernel of ours."""
+    if isinstance(weight, QuantizedWeight):
+        out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        multiply_slabs(out, x, weight, bias, gate, activation)
+        return join(out, summands)
+    assert not isinstance(gate[0], QuantizedWeight)
     tanh_gelu = activation in ("gelu_new", "gelu_pytorch_tanh")
     fused = tanh_gelu or activation == "relu"
     if fused and gate[0] is None and bias is not None and x.dtype != torch.float32:
@@ -335,38 +357,97 @@ def library_linear(
         gates = None if gate[0] is None else F.linear(x, gate[0], gate[1])
         if activation is not None:
             launch(activation_launch(out, gates, activation))
+    return join(out, summands)
+
+
+def join(out: Tensor, summands: Summands) -> Tensor:
+    """out + summands, out itself if there are none."""
+    if summands == NO_SUMMANDS:
+        return out
     add, add2, add_bias = summands
-    if add is not None or add2 is not None or add_bias is not None:
-        out = residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
-    return out
+    return residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
 
 
-def plan_linear(M: int, weight: Tensor, *, gated: bool = False) -> Plan:
-    """How M rows times weight (N, K) run on its device."""
-    return tuning.plan(linear_of(M, weight, gated), *gpu(weight.device.index))
+def multiply_slabs(
+    out: Tensor,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None = None,
+    gate: tuple[Weight | None, Tensor | None] = (None, None),
+    activation: str | None = None,
+    *,
+    beta: float = 0.0,
+) -> None:
+    """out = beta * out + act(x·weightᵀ + bias) [gated], by cuBLAS, some columns after the others.
+
+    The rows of the weight that give them become 16-bit values, or float32, in the L2, where cuBLAS
+    finds them. beta, for neither a bias nor a gate nor an activation: 0 or 1.
+    """
+    (N, K), gated = weight.shape, isinstance(gate[0], QuantizedWeight)
+    count = min(N, max(SLAB_BYTES // (K * x.itemsize) // 128, 1) * 128)
+    slab = torch.empty((count, K), dtype=x.dtype, device=x.device)
+    gates = torch.empty((x.shape[0], count), dtype=x.dtype, device=x.device) if gated else None
+    for first in range(0, N, count):
+        last = min(first + count, N)
+        values, columns = slab[: last - first], out[:, first:last]
+        launch(dequantize_launch(weight, first, values))
+        torch.addmm(columns, x, values.t(), beta=beta, out=columns)
+        opened = None
+        if isinstance(gate[0], QuantizedWeight) and gates is not None:
+            opened = gates[:, : last - first]
+            launch(dequantize_launch(gate[0], first, values))
+            torch.mm(x, values.t(), out=opened)
+        if bias is not None or activation is not None or opened is not None:
+            biases = (None if b is None else b[first:last] for b in (bias, gate[1]))
+            launch(activation_launch(columns, opened, activation, *biases))
+
+
+def plan_linear(
+    M: int, weight: Weight, *, gated: bool = False, dtype: torch.dtype | None = None
+) -> Plan:
+    """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
+    codes = weight.codes if isinstance(weight, QuantizedWeight) else weight
+    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(codes.device.index))
 
 
 def executable(
-    plan: Plan, x: Tensor, weight: Tensor, gate: Tensor | None, summands: Summands
+    plan: Plan, x: Tensor, weight: Weight, gate: Weight | None, summands: Summands
 ) -> Plan:
-    """The plan, or another one where TMA cannot address these."""
+    """The plan, or another one where TMA cannot address these, or vectors cannot be loaded."""
+    if isinstance(weight, QuantizedWeight):
+        if plan.kernel != "quantized" or (in_vectors(weight) and in_vectors(gate)):
+            return plan
+        linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
+        return tuning.choose_quantized_tiled(linear, plan.pdl)
     if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
         return plan
     linear = linear_of(x.shape[0], weight, gate is not None)
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
-def linear_of(M: int, weight: Tensor, gated: bool) -> Linear:
+def in_vectors(weight: Weight | None) -> bool:
+    """Whether each row of codes starts at a multiple of 16 bytes; None does."""
+    if not isinstance(weight, QuantizedWeight):
+        return True
+    codes = weight.codes
+    return codes.stride(0) * codes.itemsize % 16 == 0 and codes.data_ptr() % 16 == 0
+
+
+def linear_of(M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None) -> Linear:
     N, K = weight.shape
+    if isinstance(weight, QuantizedWeight):
+        group = 0 if weight.scales.shape[1] == 1 else weight.group_size
+        found = weight.format, group, weight.zeros is not None
+        return Linear(M, N, K, dtype or torch.float16, True, gated, *found)
     return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
 
 
 def linear_launch(
     plan: Plan,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None],
+    gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
     norm: Norm | None,
     summands: Summands,
@@ -380,6 +461,12 @@ def linear_launch(
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
+    if isinstance(weight, QuantizedWeight):
+        if plan.kernel == "tiled":
+            return quantized_tiled_launch(plan, x, weight, bias, gate, activation, summands, out)
+        return quantized_launch(
+            plan, x, weight, bias, gate, activation, norm, summands, out, waited
+        )
     blocks = -(-N // plan.block_n)
     scalars = (
         M,
@@ -497,6 +584,151 @@ def linear_launch(
     return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
 
 
+def quantized_launch(
+    plan: Plan,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    activation: str | None,
+    norm: Norm | None,
+    summands: Summands,
+    out: Tensor,
+    waited: bool,
+) -> Launch:
+    """`linear_launch` of quantized weights, with a plan for these."""
+    (M, K), (N, _) = x.shape, weight.shape
+    gate_weight, gate_bias = gate
+    codes, scales, zeros = stored(weight)
+    gate_codes, gate_scales, gate_zeros = stored(gate_weight)
+    add, add2, add_bias = summands
+    kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
+    tensors = (
+        x, add, add2, carry, out,
+        codes, scales, zeros, bias, gate_codes, gate_scales, gate_zeros, gate_bias,
+        norm_weight, norm_bias, add_bias,
+    )  # fmt: skip
+    scalars = (
+        M,
+        N,
+        K,
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        0 if add2 is None else add2.stride(0),
+        codes.stride(0),
+        0 if gate_codes is None else gate_codes.stride(0),
+        *scales.stride(),
+        eps,
+    )
+    span = 128 if weight.format == "int4" else 64
+    depth = plan.block_k // plan.num_warps
+    blocks = -(-N // plan.block_n)
+    programs = min(plan.programs // plan.splits or blocks, blocks)
+    steps = plan.splits * plan.block_k
+    if scales.shape[1] == 1:
+        use = "result"
+    else:
+        use = "sums" if weight.group_size % depth == 0 else "weights"
+    constants = (
+        kind,
+        carry_normed,
+        activation,
+        weight.format,
+        weight.group_size,
+        use,
+        span,
+        plan.block_m,
+        plan.block_n,
+        plan.block_k,
+        plan.num_warps,
+        plan.num_stages,
+        plan.splits,
+        -(-K // steps),
+        # Tiles that are whole for every part of K.
+        K // plan.block_k if plan.splits == 1 else K // steps if K % steps == 0 else 0,
+        N % (programs * plan.block_n) == 0,
+        -(-blocks // programs),
+        triton.next_power_of_2(-(-K // programs)),
+        plan.pdl,
+        waited and plan.lines == 0,
+    )
+    grid = (programs * plan.splits, 1, 1)
+    return Launch(
+        quantized_linear_kernel, grid, tensors, scalars, constants, plan.num_warps, 1, plan.pdl
+    )
+
+
+def quantized_tiled_launch(
+    plan: Plan,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    activation: str | None,
+    summands: Summands,
+    out: Tensor,
+) -> Launch:
+    """`linear_launch` of quantized weights, of any format, with a plan for "tiled"."""
+    (M, K), (N, _) = x.shape, weight.shape
+    codes, scales, zeros = stored(weight)
+    gate_codes, gate_scales, gate_zeros = stored(gate[0])
+    add, add2, add_bias = summands
+    tensors = (
+        x, add, add2, out, codes, scales, zeros, bias,
+        gate_codes, gate_scales, gate_zeros, gate[1], add_bias,
+    )  # fmt: skip
+    scalars = (
+        M,
+        N,
+        K,
+        x.stride(0),
+        0 if add is None else add.stride(0),
+        0 if add2 is None else add2.stride(0),
+        codes.stride(0),
+        0 if gate_codes is None else gate_codes.stride(0),
+        *scales.stride(),
+    )
+    constants = (
+        activation,
+        weight.format,
+        *scale_units(weight, plan.block_k),
+        plan.block_m,
+        plan.block_n,
+        plan.block_k,
+        plan.group_m,
+        plan.splits,
+        plan.pdl,
+    )
+    grid = (-(-M // plan.block_m) * -(-N // plan.block_n) * plan.splits, 1, 1)
+    options = plan.num_warps, plan.num_stages, plan.pdl
+    return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
+
+
+def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
+    """The launch that writes rows of a weight from number `first` on into out (rows, K)."""
+    K, block_k, rows = weight.shape[1], 1024, 8
+    codes, scales, zeros = stored(weight)
+    last = first + out.shape[0]
+    scalars = (first, last, K, codes.stride(0), *scales.stride())
+    constants = (weight.format, *scale_units(weight, block_k), rows, block_k)
+    grid = (-(-K // block_k), -(-out.shape[0] // rows), 1)
+    return Launch(dequantize_kernel, grid, (codes, scales, zeros, out), scalars, constants, 4, 1)
+
+
+def scale_units(weight: QuantizedWeight, depth: int) -> tuple[int | None, int]:
+    """The size of its groups, None for whole rows, and a power of two, up to depth, in it."""
+    size = weight.group_size
+    return (None, depth) if weight.scales.shape[1] == 1 else (size, min(size & -size, depth))
+
+
+def stored(weight: Weight | None) -> tuple[Any, Any, Any]:
+    """Codes (bytes or words), scales and zeros as kernels take them."""
+    if not isinstance(weight, QuantizedWeight):
+        return None, None, None
+    codes = weight.codes if weight.format == "int4" else weight.codes.view(torch.int8)
+    return codes, weight.scales, weight.zeros
+
+
 def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:
     """Memory for the products of `plan.splits` parts of K, of W and of its gate."""
     products = 2 * plan.splits if gated else plan.splits
@@ -506,9 +738,9 @@ def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:
 def split_launches(
     plan: Plan,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
-    gate: tuple[Tensor | None, Tensor | None],
+    gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
     norm: Norm | None,
     summands: Summands,
@@ -536,15 +768,24 @@ def split_launches(
     )
 
 
-def activation_launch(up: Tensor, gate: Tensor | None, activation: str) -> Launch:
-    """The launch that computes act(up), or act(gate) * up, in place of up; (M, N), contiguous."""
+def activation_launch(
+    up: Tensor,
+    gate: Tensor | None,
+    activation: str | None,
+    up_bias: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+) -> Launch:
+    """The launch that computes act(up), or act(gate) * up, in place of up: rows (M, N).
+
+    The biases are added first.
+    """
     M, N = up.shape
     block = min(triton.next_power_of_2(N), 1024)
     return Launch(
         activation_kernel,
         (M, -(-N // block), 1),
-        (up, gate),
-        (N,),
+        (up, gate, up_bias, gate_bias),
+        (N, up.stride(0), 0 if gate is None else gate.stride(0)),
         (activation, block),
         num_warps=4,
         num_stages=1,

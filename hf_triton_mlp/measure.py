@@ -89,7 +89,7 @@ class Chain:
     """Layer halves one after the other, each on the output of the one before, as in a model."""
 
     def __init__(self, case: Case, layers: list[MLPWeights], M: int) -> None:
-        up = layers[0].up
+        up, *_ = layers[0].plain
         generator = torch.Generator(up.device).manual_seed(M)
         shape = (M, case.hidden)
         self.layers = len(layers)

@@ -28,6 +28,18 @@ DECODE_ROWS = 16
 #: unit (TF32 is not IEEE), is multiplied by them; more rows would be bound by them.
 SKINNY_ROWS = 4
 
+#: Up to this many rows "quantized" computes the norm in front too.
+NORMED_ROWS = 2
+
+#: How deep a tile of "quantized" is for each warp, at least.
+QUANTIZED_DEPTH = 128
+
+#: Values of a row that a thread of "quantized" has from one group.
+QUANTIZED_VECTORS = {"int4": 32, "int8": 16, "fp8": 16}
+
+#: With more rows quantized weights are dequantized once, for cuBLAS.
+DEQUANTIZED_ROWS = 128
+
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
 LIBRARY_ROWS = 129
 
@@ -52,7 +64,7 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-KERNELS = ("skinny", "stream", "decode", "tiled", "persistent", "library")
+KERNELS = ("skinny", "stream", "decode", "tiled", "persistent", "library", "quantized")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +101,8 @@ class Plan:
     @property
     def fuses_norm(self) -> bool:
         """Whether the kernel computes the norm in front of the linear layer too."""
-        return self.kernel in ("skinny", "stream")
+        few = self.kernel == "quantized" and self.splits == 1 and self.block_m <= NORMED_ROWS
+        return self.kernel in ("skinny", "stream") or few
 
     def __str__(self) -> str:
         if self.kernel == "library":
@@ -122,6 +135,7 @@ class Plan:
             "skinny": (1, SKINNY_ROWS if self.block_m == 1 else min(self.block_m, SKINNY_ROWS)),
             "stream": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
+            "quantized": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "persistent": (DECODE_ROWS + 1, 0 if dtype == torch.float32 else M),
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
@@ -134,6 +148,11 @@ class Plan:
             for name, least in least_of.items():
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least} for {self}")
+        if self.kernel == "quantized":
+            least_of = {"block_n": 16, "block_k": QUANTIZED_DEPTH * self.num_warps}
+            for name, least in least_of.items():
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} must be at least {least} for {self}")
 
 
 class Linear(NamedTuple):
@@ -141,6 +160,7 @@ class Linear(NamedTuple):
 
     k_contiguous: W is stored (out, in), as nn.Linear does; False for Conv1D's (in, out).
     gated: a second weight gates the result.
+    format, group, zeros: of a QuantizedWeight; None, 0 for whole rows, and whether it has any.
     """
 
     M: int
@@ -149,6 +169,9 @@ class Linear(NamedTuple):
     dtype: torch.dtype
     k_contiguous: bool = True
     gated: bool = False
+    format: str | None = None
+    group: int = 0
+    zeros: bool = False
 
     @property
     def key(self) -> str:
@@ -156,6 +179,9 @@ class Linear(NamedTuple):
         rows = min(1 << (self.M - 1).bit_length(), 8192)
         dtype = str(self.dtype).removeprefix("torch.")
         kind = ("" if self.k_contiguous else " conv1d") + (" gated" if self.gated else "")
+        if self.format is not None:
+            groups = (f"g{self.group}" if self.group else "") + ("z" if self.zeros else "")
+            kind = f" {self.format}{groups}{kind}"
         return f"{dtype} {self.N}x{self.K}{kind} M={rows}"
 
 
@@ -179,6 +205,8 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
     """
     check_capability(capability)
     pdl = capability >= PDL_CAPABILITY
+    if linear.format is not None:
+        return _choose_quantized(linear, pdl)
     if linear.dtype == torch.float32:
         if linear.M <= SKINNY_ROWS:
             return _choose_skinny(linear, pdl)
@@ -233,6 +261,51 @@ def _choose_decode(linear: Linear, pdl: bool) -> Plan:
         block_k=64 if wide or linear.gated else 128,
         slices=4,
         num_stages=3,
+        pdl=pdl,
+    )
+
+
+def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
+    """Codes through registers, 16 outputs and whole rows for one row, more and K split for more."""
+    depth = QUANTIZED_VECTORS[linear.format or ""]
+    if linear.M > DEQUANTIZED_ROWS:
+        return Plan(kernel="library", pdl=pdl)
+    if (
+        linear.M > DECODE_ROWS
+        or linear.dtype == torch.float32
+        or linear.K % 32
+        or linear.group % depth
+    ):
+        return choose_quantized_tiled(linear, pdl)
+    block_n = 16 if linear.M <= 2 or linear.gated else 32
+    return Plan(
+        kernel="quantized",
+        block_m=1 << (linear.M - 1).bit_length(),
+        block_n=block_n,
+        block_k=8 * QUANTIZED_DEPTH,
+        num_warps=8,
+        # Zeros take registers: two programs of 255 / 2 are to fit a multiprocessor.
+        num_stages=(3 if linear.zeros else 4) if linear.M <= 2 and not linear.gated else 2,
+        splits=_splits(-(-linear.N // block_n), 2 * BUSY_PROGRAMS),
+        programs=2 * BUSY_PROGRAMS if linear.M <= NORMED_ROWS else 0,
+        pdl=pdl,
+    )
+
+
+def choose_quantized_tiled(linear: Linear, pdl: bool) -> Plan:
+    """A plan for all formats and sizes, up to DEQUANTIZED_ROWS rows."""
+    float32 = linear.dtype == torch.float32
+    block_m = 16 if float32 else max(16, min(128, 1 << (linear.M - 1).bit_length()))
+    block_n = 32 if float32 else 64
+    tiles = -(-linear.M // block_m) * -(-linear.N // block_n)
+    return Plan(
+        kernel="tiled",
+        block_m=block_m,
+        block_n=block_n,
+        block_k=64,
+        num_stages=3,
+        group_m=8,
+        splits=min(_splits(tiles, 2 * BUSY_PROGRAMS), _floor_power_of_2(linear.K // 64)),
         pdl=pdl,
     )
 

@@ -7,6 +7,8 @@ from hf_triton_mlp.kernels.decode import decode_linear_kernel
 from hf_triton_mlp.kernels.greedy import greatest_logits_kernel, next_token_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
+from hf_triton_mlp.kernels.quantized import quantized_linear_kernel
+from hf_triton_mlp.kernels.quantized_tiled import dequantize_kernel, quantized_tiled_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
 from hf_triton_mlp.kernels.stream import stream_linear_kernel
 from hf_triton_mlp.kernels.tiled import (
@@ -25,11 +27,14 @@ __all__ = [
     "combine_splits_kernel",
     "decode_attention_kernel",
     "decode_linear_kernel",
+    "dequantize_kernel",
     "greatest_logits_kernel",
     "next_token_kernel",
     "norm_kernel",
     "norm_sum_kernel",
     "persistent_linear_kernel",
+    "quantized_linear_kernel",
+    "quantized_tiled_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
     "stream_linear_kernel",

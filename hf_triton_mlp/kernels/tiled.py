@@ -9,6 +9,61 @@ from hf_triton_mlp.kernels.prefetch import prefetch_weights
 
 
 @triton.jit
+def load_columns(ptr, offs, mask):
+    """A vector at offs in float32; zeros for None."""
+    if ptr is None:
+        return tl.zeros(offs.shape, tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(
+    acc,
+    gate_acc,
+    out_ptr,
+    biases,
+    summands,
+    offs_m,
+    offs_n,
+    sizes,
+    strides,
+    split,
+    GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """The rest of `tiled_linear_kernel` for products (rows, columns), and those with the gate.
+
+    biases: of both; summands: add, add2, add_bias; strides: of the first two; sizes: M, N.
+    """
+    M, N = sizes
+    offs_m, offs_n = offs_m[:, None], offs_n[None, :]
+    mask_n = offs_n < N
+    mask = (offs_m < M) & mask_n
+    PRECISE: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    if SPLITS > 1:
+        size = tl.cast(M, tl.int64) * N
+        parts = out_ptr + split * size + offs_m * N + offs_n
+        tl.store(parts, acc, mask=mask)
+        if GATED:
+            tl.store(parts + SPLITS * size, gate_acc, mask=mask)
+    else:
+        acc += load_columns(biases[0], offs_n, mask_n)
+        if GATED:
+            gate_acc += load_columns(biases[1], offs_n, mask_n)
+            acc = activate(gate_acc, ACTIVATION, PRECISE) * acc
+        else:
+            acc = activate(acc, ACTIVATION, PRECISE)
+        for i in tl.static_range(2):
+            if summands[i] is not None:
+                add = tl.load(summands[i] + offs_m * strides[i] + offs_n, mask=mask, other=0.0)
+                acc += add.to(tl.float32)
+        acc += load_columns(summands[2], offs_n, mask_n)
+        tl.store(out_ptr + offs_m * N + offs_n, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def tiled_linear_kernel(
     x_ptr,
     add_ptr,
@@ -130,40 +185,21 @@ def tiled_linear_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * stride_wk
 
-    mask = mask_m & mask_n
-    if SPLITS > 1:
-        size = tl.cast(M, tl.int64) * N
-        parts = out_ptr + split * size + offs_m[:, None] * N + offs_n[None, :]
-        tl.store(parts, acc, mask=mask)
-        if gate_w_ptr is not None:
-            tl.store(parts + SPLITS * size, gate_acc, mask=mask)
-    else:
-        if b_ptr is not None:
-            acc += tl.load(b_ptr + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
-        if gate_w_ptr is not None:
-            if gate_b_ptr is not None:
-                gate_b = tl.load(gate_b_ptr + offs_n[None, :], mask=mask_n, other=0.0)
-                gate_acc += gate_b.to(tl.float32)
-            acc = activate(gate_acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32) * acc
-        else:
-            acc = activate(acc, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
-        if add_ptr is not None:
-            add = tl.load(
-                add_ptr + offs_m[:, None] * stride_add + offs_n[None, :], mask=mask, other=0
-            )
-            acc += add.to(tl.float32)
-        if add2_ptr is not None:
-            add2 = tl.load(
-                add2_ptr + offs_m[:, None] * stride_add2 + offs_n[None, :], mask=mask, other=0
-            )
-            acc += add2.to(tl.float32)
-        if add_bias_ptr is not None:
-            acc += tl.load(add_bias_ptr + offs_n[None, :], mask=mask_n, other=0.0).to(tl.float32)
-        tl.store(
-            out_ptr + offs_m[:, None] * N + offs_n[None, :],
-            acc.to(out_ptr.dtype.element_ty),
-            mask=mask,
-        )
+    store_tile(
+        acc,
+        gate_acc if gate_w_ptr is not None else acc,
+        out_ptr,
+        (b_ptr, gate_b_ptr),
+        (add_ptr, add2_ptr, add_bias_ptr),
+        offs_m,
+        offs_n,
+        (M, N),
+        (stride_add, stride_add2),
+        split,
+        gate_w_ptr is not None,
+        ACTIVATION,
+        SPLITS,
+    )
 
 
 @triton.jit
@@ -224,20 +260,26 @@ def combine_splits_kernel(
 def activation_kernel(
     up_ptr,
     gate_ptr,
+    b_ptr,
+    gate_b_ptr,
     N,
+    stride_up,
+    stride_gate,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """up = act(gate) * up in place, or act(up) without a gate. (M, N), contiguous.
+    """up = act(gate) * up in place, or act(up) without a gate, after the biases. Rows (M, N).
 
     Program (row, block of columns).
     """
+    row = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < N
-    offs = tl.program_id(0).to(tl.int64) * N + offs
-    y = tl.load(up_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    up_ptr += row * stride_up
+    y = load_columns(up_ptr, offs, mask) + load_columns(b_ptr, offs, mask)
     if gate_ptr is not None:
-        gate = tl.load(gate_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        gate = load_columns(gate_ptr + row * stride_gate, offs, mask)
+        gate += load_columns(gate_b_ptr, offs, mask)
         y = activate(gate, ACTIVATION, up_ptr.dtype.element_ty == tl.float32) * y
     else:
         y = activate(y, ACTIVATION, up_ptr.dtype.element_ty == tl.float32)

@@ -1,0 +1,204 @@
+"""Codes of 8 and 4 bits to values, exactly and in registers."""
+
+import triton
+import triton.language as tl
+
+from hf_triton_mlp.kernels.activations import INTERPRETED
+
+#: Two words of eight codes each to eight registers of two halves. 0x6400 is 1024 in float16, whose
+#: last digit is worth 1: what is put into its low bits is added to it, four bits further up 16
+#: times. Then 1032 is subtracted, 1024 and the 8 that codes are stored plus.
+INT4_TO_FLOAT16 = tl.constexpr(
+    "{ .reg .b32 mask, high, one, bias, sixteenth, shifted, t;"
+    " mov.b32 mask, 0x000f000f; mov.b32 high, 0x00f000f0; mov.b32 one, 0x64006400;"
+    " mov.b32 bias, 0xe408e408; mov.b32 sixteenth, 0x2c002c00; mov.b32 shifted, 0xd480d480;"
+    + "".join(
+        f" lop3.b32 ${4 * i}, ${8 + i}, mask, one, 0xea;"
+        f" lop3.b32 ${4 * i + 1}, ${8 + i}, high, one, 0xea;"
+        f" shr.u32 t, ${8 + i}, 8;"
+        f" lop3.b32 ${4 * i + 2}, t, mask, one, 0xea;"
+        f" lop3.b32 ${4 * i + 3}, t, high, one, 0xea;"
+        f" add.f16x2 ${4 * i}, ${4 * i}, bias;"
+        f" fma.rn.f16x2 ${4 * i + 1}, ${4 * i + 1}, sixteenth, shifted;"
+        f" add.f16x2 ${4 * i + 2}, ${4 * i + 2}, bias;"
+        f" fma.rn.f16x2 ${4 * i + 3}, ${4 * i + 3}, sixteenth, shifted;"
+        for i in range(2)
+    )
+    + " }"
+)
+
+#: The same in bfloat16: 0x4300 is 128, whose last digit is worth 1; 0xc308 is -136, 0x3f80 is 1.
+INT4_TO_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 mask, one, bias, unit, t;"
+    " mov.b32 mask, 0x000f000f; mov.b32 one, 0x43004300;"
+    " mov.b32 bias, 0xc308c308; mov.b32 unit, 0x3f803f80;"
+    + "".join(
+        f" shr.u32 t, ${8 + i}, {4 * j};"
+        f" lop3.b32 t, t, mask, one, 0xea;"
+        f" fma.rn.bf16x2 ${4 * i + j}, t, unit, bias;"
+        for i in range(2)
+        for j in range(4)
+    )
+    + " }"
+)
+
+#: Four bytes to two registers. Plus 128 they are 0 to 255; 0x6480 is 1152, 1024 and these 128.
+INT8_TO_FLOAT16 = tl.constexpr(
+    "{ .reg .b32 t, one, bias; mov.b32 one, 0x64646464; mov.b32 bias, 0xe480e480;"
+    " xor.b32 t, $2, 0x80808080;"
+    " prmt.b32 $0, t, one, 0x4140; prmt.b32 $1, t, one, 0x4342;"
+    " add.f16x2 $0, $0, bias; add.f16x2 $1, $1, bias; }"
+)
+
+#: The low seven bits on 128, minus 128, or 256 where the sign bit is set.
+INT8_TO_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 t, u, one, unit; mov.b32 one, 0x43434343; mov.b32 unit, 0x3f803f80;"
+    + "".join(
+        f" prmt.b32 t, $2, one, {selector};"
+        f" and.b32 u, t, 0xff7fff7f;"
+        f" lop3.b32 t, t, 0xff80ff80, 0x80008000, 0x6a;"
+        f" fma.rn.bf16x2 ${i}, u, unit, t;"
+        for i, selector in enumerate(("0x4140", "0x4342"))
+    )
+    + " }"
+)
+
+
+#: Sign, exponent and digits of e4m3 where float16 has them, whose exponents mean 2**-8 times it.
+FP8_TO_FLOAT16 = tl.constexpr(
+    "{ .reg .b32 t, u, unit; mov.b32 unit, 0x5c005c00;"
+    + "".join(
+        f" prmt.b32 t, $2, 0, {selector};"
+        f" shr.u32 u, t, 1; and.b32 u, u, 0x3f803f80;"
+        f" lop3.b32 t, t, 0x80008000, u, 0xea;"
+        f" mul.rn.f16x2 ${i}, t, unit;"
+        for i, selector in enumerate(("0x1404", "0x3424"))
+    )
+    + " }"
+)
+
+#: Bfloat16's mean 2**-120 times it.
+FP8_TO_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 t, u, unit, zero; mov.b32 unit, 0x7b807b80; mov.b32 zero, 0x80008000;"
+    + "".join(
+        f" prmt.b32 t, $2, 0, {selector};"
+        f" shr.u32 u, t, 4; and.b32 u, u, 0x07f007f0;"
+        f" lop3.b32 t, t, zero, u, 0xea;"
+        f" fma.rn.bf16x2 ${i}, t, unit, zero;"
+        for i, selector in enumerate(("0x1404", "0x3424"))
+    )
+    + " }"
+)
+
+
+@triton.jit
+def exact_float(number, OFFSET: tl.constexpr):
+    """number - OFFSET in float32, for integers from 0 to 2**23 - 1.
+
+    They are the low digits of 2**23, whose last is worth 1, and then that is subtracted too: a
+    conversion takes as long as four other instructions.
+    """
+    return (number | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+
+
+@triton.jit
+def wide_fp8(codes):
+    """Bytes of e4m3 in float32, whose exponents mean 2**-120 times these."""
+    codes = codes.to(tl.int32)
+    bits = ((codes & 127) << 20) | ((codes & 128) << 24)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def int4_registers(words, DTYPE: tl.constexpr):
+    """What INT4_TO_FLOAT16 or INT4_TO_BFLOAT16 make of words: 8 tensors of their shape.
+
+    Of two neighbours, register i has codes 2 * i and 2 * i + 1 of the 16 in both. Triton takes them
+    for what became of the one and of the other word.
+    """
+    if DTYPE.is_fp16():
+        return tl.inline_asm_elementwise(
+            INT4_TO_FLOAT16,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            [words],
+            dtype=(tl.float16,) * 8,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            INT4_TO_BFLOAT16,
+            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
+            [words],
+            dtype=(tl.bfloat16,) * 8,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def int4_values(words, DTYPE: tl.constexpr):
+    """code - 8 for each of the codes in words (rows, 4, n), n even, int32: (rows, 4, 8 * n)."""
+    ROWS: tl.constexpr = words.shape[0]
+    PAIRS: tl.constexpr = words.shape[2] // 2
+    if INTERPRETED:
+        shifts = tl.arange(0, 8)
+        shifts = shifts // 2 * 4 + shifts % 2 * 16
+        codes = (words[:, :, :, None] >> shifts[None, None, None, :]) & 15
+        return tl.reshape((codes - 8).to(DTYPE), (ROWS, 4, PAIRS * 16))
+    else:
+        a, b, c, d, e, f, g, h = int4_registers(words, DTYPE)
+        first = tl.join(tl.join(a, c), tl.join(b, d))
+        second = tl.join(tl.join(e, g), tl.join(f, h))
+        values = tl.reshape(tl.join(first, second), (ROWS, 4, PAIRS, 2, 2, 2, 2))
+        return tl.reshape(tl.permute(values, (0, 1, 2, 6, 4, 5, 3)), (ROWS, 4, PAIRS * 16))
+
+
+@triton.jit
+def byte_values(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes of int8 or fp8 in DTYPE."""
+    if INTERPRETED:
+        return (codes if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
+    elif DTYPE.is_fp16():
+        ASM: tl.constexpr = INT8_TO_FLOAT16 if FORMAT == "int8" else FP8_TO_FLOAT16
+        return tl.inline_asm_elementwise(
+            ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
+    else:
+        ASM: tl.constexpr = INT8_TO_BFLOAT16 if FORMAT == "int8" else FP8_TO_BFLOAT16
+        return tl.inline_asm_elementwise(
+            ASM, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+
+
+@triton.jit
+def ones_like(values):
+    """Ones, of 16 bits, that Triton takes for something made of the values: in their layout."""
+    ONES: tl.constexpr = "0x3c003c00" if values.dtype == tl.float16 else "0x3f803f80"
+    if INTERPRETED:
+        return tl.full(values.shape, 1.0, values.dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, " + ONES + ";",
+            "=r,r",
+            [values],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def where_kept(kept, values):
+    """values, 16 bits, where kept is -1 (int16), 0 where it is 0: one instruction for two."""
+    if INTERPRETED:
+        return tl.where(kept != 0, values, 0.0)
+    else:
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;",
+            "=r,r,r",
+            [values, kept],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )

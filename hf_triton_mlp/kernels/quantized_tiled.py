@@ -1,0 +1,243 @@
+"""Tiles of quantized weights as values, for the matrix units or cuBLAS: every format and size."""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hf_triton_mlp.kernels.activations import INTERPRETED
+from hf_triton_mlp.kernels.dequantize import exact_float, wide_fp8
+from hf_triton_mlp.kernels.tiled import store_tile
+
+
+@triton.jit
+def nibbles(words, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
+    """Codes in bits SHIFT to SHIFT + 3 of int4 words, minus OFFSET."""
+    return exact_float((words >> SHIFT) & 15, OFFSET)
+
+
+@triton.jit
+def load_codes(
+    ptr,
+    row,
+    first_k,
+    N,
+    K,
+    stride,
+    FORMAT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Codes of rows `row` (ROWS,) from first_k on, (ROWS, DEPTH) float32; int4's minus OFFSET."""
+    if FORMAT == "int4":
+        k = first_k // 8 + tl.arange(0, DEPTH // 8)
+        size = tl.cdiv(K, 8)
+    else:
+        k = first_k + tl.arange(0, DEPTH)
+        size = K
+    mask = (row < N)[:, None] & (k < size)[None, :]
+    codes = tl.load(ptr + row.to(tl.int64)[:, None] * stride + k[None, :], mask=mask, other=0)
+    if FORMAT == "int4":
+        # Code 2i is bits 4i to 4i + 3, code 2i + 1 those 16 above.
+        even = tl.join(
+            tl.join(nibbles(codes, 0, OFFSET), nibbles(codes, 8, OFFSET)),
+            tl.join(nibbles(codes, 4, OFFSET), nibbles(codes, 12, OFFSET)),
+        )
+        odd = tl.join(
+            tl.join(nibbles(codes, 16, OFFSET), nibbles(codes, 24, OFFSET)),
+            tl.join(nibbles(codes, 20, OFFSET), nibbles(codes, 28, OFFSET)),
+        )
+        return tl.reshape(tl.join(even, odd), (ROWS, DEPTH))
+    elif FORMAT == "int8":
+        return exact_float((codes.to(tl.int32) & 255) ^ 128, 128)
+    else:
+        return wide_fp8(codes)
+
+
+@triton.jit
+def load_groups(
+    ptr,
+    row,
+    first_k,
+    N,
+    K,
+    stride_n,
+    stride_g,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Scales or zeros of `load_codes`'s codes, float32. GROUP: None for one a row.
+
+    UNIT: a power of two that divides GROUP; DEPTH if there is none.
+    """
+    k = first_k + tl.arange(0, DEPTH // UNIT) * UNIT
+    group = k * 0 if GROUP is None else k // GROUP
+    place = row.to(tl.int64)[:, None] * stride_n + group.to(tl.int64)[None, :] * stride_g
+    mask = (row < N)[:, None] & (k < K)[None, :]
+    found = tl.load(ptr + place, mask=mask, other=0.0).to(tl.float32)
+    found = tl.broadcast_to(found[:, :, None], (ROWS, DEPTH // UNIT, UNIT))
+    return tl.reshape(found, (ROWS, DEPTH))
+
+
+@triton.jit
+def load_values(
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    row,
+    first_k,
+    N,
+    K,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """(code - zero) * scale of rows `row` from first_k on, (ROWS, DEPTH) in float32, finite."""
+    OFFSET: tl.constexpr = 8 if zero_ptr is None else 0
+    values = load_codes(w_ptr, row, first_k, N, K, stride_wn, FORMAT, OFFSET, ROWS, DEPTH)
+    strides = (stride_sn, stride_sg)
+    if zero_ptr is not None:
+        values -= load_groups(zero_ptr, row, first_k, N, K, *strides, GROUP, UNIT, ROWS, DEPTH)
+    return values * load_groups(scale_ptr, row, first_k, N, K, *strides, GROUP, UNIT, ROWS, DEPTH)
+
+
+@triton.jit
+def dequantize_kernel(
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    first_row,
+    N,
+    K,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows first_row to N - 1 of a QuantizedWeight as values: out (rows, K), contiguous.
+
+    Program (block of columns, block of ROWS rows), one row after the other.
+    """
+    first_k = tl.program_id(0) * BLOCK_K
+    for i in tl.static_range(ROWS):
+        place = tl.program_id(1) * ROWS + i
+        row = first_row + place + tl.arange(0, 1)
+        values = load_values(
+            w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
+            FORMAT, GROUP, UNIT, 1, BLOCK_K,
+        )  # fmt: skip
+        k = first_k + tl.arange(0, BLOCK_K)[None, :]
+        tl.store(
+            out_ptr + tl.cast(place, tl.int64) * K + k,
+            values.to(out_ptr.dtype.element_ty),
+            mask=(row < N)[:, None] & (k < K),
+        )
+
+
+@triton.jit
+def quantized_tiled_kernel(
+    x_ptr,
+    add_ptr,
+    add2_ptr,
+    out_ptr,
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    b_ptr,
+    gate_w_ptr,
+    gate_scale_ptr,
+    gate_zero_ptr,
+    gate_b_ptr,
+    add_bias_ptr,
+    M,
+    N,
+    K,
+    stride_x,
+    stride_add,
+    stride_add2,
+    stride_wn,
+    stride_gn,
+    stride_sn,
+    stride_sg,
+    ACTIVATION: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What `tiled_linear_kernel` computes, of a QuantizedWeight; its parameters and those of
+    `load_values`.
+
+    W is the left operand, which the matrix units take from registers, where its values are made.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    pid = tl.program_id(0) % (tiles_m * tiles_n)
+    split = tl.program_id(0) // (tiles_m * tiles_n)
+    group = pid // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    group_m = min(tiles_m - first_m, GROUP_M)
+    pid_m = first_m + (pid % (GROUP_M * tiles_n)) % group_m
+    pid_n = (pid % (GROUP_M * tiles_n)) // group_m
+    part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+    first_k = split * part
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+    offs_m = (pid_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[None, :] * stride_x + (first_k + offs_k)[:, None]
+    mask_m = offs_m[None, :] < M
+    DTYPE: tl.constexpr = tl.float32 if INTERPRETED else x_ptr.dtype.element_ty
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    gate_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for k in range(first_k, tl.minimum(first_k + part, K), BLOCK_K):
+        x = tl.load(x_ptrs, mask=mask_m & (offs_k < K - k)[:, None], other=0.0).to(DTYPE)
+        w = load_values(
+            w_ptr, scale_ptr, zero_ptr, offs_n, k, N, K, stride_wn, stride_sn, stride_sg,
+            FORMAT, GROUP, UNIT, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        w = w.to(x_ptr.dtype.element_ty).to(DTYPE)
+        acc = tl.dot(w, x, acc, input_precision="ieee")
+        if gate_w_ptr is not None:
+            g = load_values(
+                gate_w_ptr, gate_scale_ptr, gate_zero_ptr, offs_n, k, N, K, stride_gn, stride_sn,
+                stride_sg, FORMAT, GROUP, UNIT, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            g = g.to(x_ptr.dtype.element_ty).to(DTYPE)
+            gate_acc = tl.dot(g, x, gate_acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+    store_tile(
+        tl.trans(acc),
+        tl.trans(gate_acc),
+        out_ptr,
+        (b_ptr, gate_b_ptr),
+        (add_ptr, add2_ptr, add_bias_ptr),
+        offs_m,
+        offs_n.to(tl.int64),
+        (M, N),
+        (stride_add, stride_add2),
+        split,
+        gate_w_ptr is not None,
+        ACTIVATION,
+        SPLITS,
+    )
