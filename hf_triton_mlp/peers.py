@@ -71,9 +71,10 @@ def _triton_mlp(case: Case, weights: MLPWeights) -> TritonMLP:
     )
     with torch.device("meta"):
         mlp = TritonMLP(config).eval()
-    mlp.inter_w = _parameter(up if gate is None else torch.cat((up, gate)))
+    both = up if gate is None else torch.cat((up, gate))
+    mlp.inter_w = nn.Parameter(both, requires_grad=False)
     mlp.inter_b, mlp.output_b = _parameter(weights.up_bias), _parameter(weights.down_bias)
-    mlp.output_w = _parameter(down)
+    mlp.output_w = nn.Parameter(down, requires_grad=False)
     mlp.attn_nw, mlp.attn_nb = _parameter(weights.norm_weight), _parameter(weights.norm_bias)
     return mlp
 
