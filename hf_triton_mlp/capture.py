@@ -422,9 +422,9 @@ class Captures:
         if choosing.key not in step.choices:
             choice = None
             try:
-                choice = Choice(step, choosing)
+                choice = Choice(step.token, step.unfinished, step.shape.capacity, choosing)
                 if on_gpu:
-                    choice.capture(self._pool)
+                    choice.capture(step.logits, self._pool)
                     self._pool_bytes += choice.graph_bytes
             except Exception as error:
                 choice = None

@@ -144,10 +144,12 @@ class Choice:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, step: Any, choosing: Choosing) -> None:
-        batch, capacity = step.shape.batch, step.shape.capacity
-        device = step.token.device
-        self.step, self.choosing = step, choosing
+    def __init__(
+        self, token: Tensor, unfinished: Tensor, capacity: int, choosing: Choosing
+    ) -> None:
+        """token (batch, 1), unfinished (batch,): the step's, whose cache has this capacity."""
+        batch, device = token.shape[0], token.device
+        self.token, self.unfinished, self.choosing = token, unfinished, choosing
         #: The texts, and their tokens for a repetition penalty: it does not matter to it that one
         #: of them is in the place of all that it ignores, and beyond the end.
         self.ids = torch.zeros((2, batch, capacity + 1), dtype=torch.int64, device=device)
@@ -172,12 +174,11 @@ class Choice:
         last = input_ids[:, -1:].expand_as(input_ids)
         self.ids[1, :, :length].copy_(torch.where(penalized, input_ids, last))
         self.last.fill_(length - 1)
-        self.step.unfinished.copy_(unfinished)
+        self.unfinished.copy_(unfinished)
 
-    def run(self, generator: torch.Generator | None = None) -> None:
-        """Choose, launching kernels one by one."""
-        step = self.step
-        self.logits = scores = step.logits.to(torch.float32, copy=True)
+    def run(self, logits: Tensor, generator: torch.Generator | None = None) -> None:
+        """Choose for the step's logits, launching kernels one by one."""
+        self.logits = scores = logits.to(torch.float32, copy=True)
         with self.constants:
             for _, process in self.choosing.processors:
                 scores = process(self.ids[1], scores)
@@ -186,14 +187,14 @@ class Choice:
             scores, right = draw(torch.softmax(scores, dim=-1), generator)
             self.report[2].copy_(right)
         choose_greedily(
-            scores, step.token, self.ends, self.pad, step.unfinished, self.report, self.last, None
+            scores, self.token, self.ends, self.pad, self.unfinished, self.report, self.last, None
         )
-        self.ids.index_copy_(2, self.last.view(1), step.token.expand(2, -1, -1))
+        self.ids.index_copy_(2, self.last.view(1), self.token.expand(2, -1, -1))
 
-    def __call__(self) -> None:
-        """Choose: replayed, if it was captured."""
+    def __call__(self, logits: Tensor) -> None:
+        """Choose: replayed, if it was captured, for the logits that it was captured for."""
         if self.graph is None:
-            self.run()
+            self.run(logits)
         else:
             self.graph.replay()
 
@@ -203,17 +204,22 @@ class Choice:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def capture(self, pool: Any) -> None:
-        """Capture it in a graph, which draws what PyTorch's generator would have drawn."""
+    def capture(self, logits: Tensor, pool: Any) -> None:
+        """Capture it in a graph, for logits that stay in place.
+
+        A replay draws what PyTorch's generator would have drawn.
+        """
         device = self.ids.device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self.run(torch.Generator(device))  # what is done at a first call only is done now
+            self.run(
+                logits, torch.Generator(device)
+            )  # what is done at a first call only is done now
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             reserved = torch.cuda.memory_reserved(device)
-            self.run()
+            self.run(logits)
             self.graph_bytes = torch.cuda.memory_reserved(device) - reserved
         self.graph = graph

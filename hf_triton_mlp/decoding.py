@@ -508,7 +508,7 @@ class _Run:
             step.token.copy_(self.input_ids[:, -1:])
             return
         choice = self.choice
-        choice()
+        choice(step.logits)
         if self.sample:
             self.note_draw()
         for recorded, kept in ((self.scores, choice.scores), (self.logits, choice.logits)):
@@ -523,7 +523,7 @@ class _Run:
     def goes_on(self, step: Step, length: int) -> bool:
         """Whether the same choice is behind this step for texts of this length too."""
         processors = None if self.choice is None else self.by_length(length)
-        if self.choice is None or processors is None or self.choice.step is not step:
+        if self.choice is None or processors is None or self.choice.token is not step.token:
             return False
         return self.choice.choosing.key == self.choosing._replace(processors=processors).key
 
@@ -531,7 +531,7 @@ class _Run:
         """Take the texts, which have this length, back from what chose their tokens."""
         if self.choice is not None:
             self.input_ids = self.choice.texts(length).clone()
-            self.unfinished = self.choice.step.unfinished.clone()
+            self.unfinished = self.choice.unfinished.clone()
             self.choice = None
 
     def choose(self, logits: Tensor) -> None:
