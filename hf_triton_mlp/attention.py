@@ -5,6 +5,7 @@ step runs, that name is ours in its thread (`in_step`); cache layers then do not
 given, but leave it to the function, which gets the same tensors.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +19,17 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_triton_mlp.kernels import INTERPRETED, combine_attention_kernel, decode_attention_kernel
 from hf_triton_mlp.launchers import Launch, gpu, launch, on_device
-from hf_triton_mlp.tuning import PDL_CAPABILITY
+from hf_triton_mlp.tuning import BUSY_PROGRAMS, PDL_CAPABILITY
 
 #: What transformers calls our attention.
 NAME = "hf_triton_mlp"
 
-#: Elements of a tile of keys, and as many of values: 64 registers a thread of 8 warps, and as many
-#: for the next tile, on its way meanwhile.
-TILE = 8192
+#: Up to so many programs: elements of a tile of keys, and as many of values, and warps. That is 64
+#: registers a thread, or 32, and as many for the next tile, on its way meanwhile. Few programs, one
+#: on each multiprocessor, want to be done in one tile; many want to be there at once.
+TILES = ((BUSY_PROGRAMS, 8192, 8), (4 * BUSY_PROGRAMS, 4096, 4), (math.inf, 2048, 2))
 
-#: Rows of a cache for one program; a longer cache is for several, and for a second launch. Neither
-#: number has been measured against others yet.
+#: Rows of a cache for one program; a longer cache is for several, and for a second launch.
 CHUNK = 512
 
 #: The most values of a head.
@@ -259,6 +260,8 @@ def attention_launches(
         parts = torch.empty(
             (chunks, batch, heads, block_d + 2), dtype=torch.float32, device=q.device
         )
+    programs = heads * batch * chunks
+    tile, warps = next((tile, warps) for most, tile, warps in TILES if programs <= most)
     cos, sin = rotation or (None, None)
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     calls = [
@@ -277,8 +280,8 @@ def attention_launches(
                 scale,
                 softcap or 0.0,
             ),
-            (bool(softcap), min(TILE // block_d, CHUNK), block_d, CHUNK, pdl),
-            num_warps=8,
+            (bool(softcap), min(tile // block_d, CHUNK), block_d, CHUNK, pdl),
+            num_warps=warps,
             num_stages=1,
             pdl=pdl,
         )
