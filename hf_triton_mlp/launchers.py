@@ -31,7 +31,7 @@ from hf_triton_mlp.kernels import (
     stream_linear_kernel,
     tiled_linear_kernel,
 )
-from hf_triton_mlp.quantization import QuantizedWeight
+from hf_triton_mlp.quantization import QuantizedWeight, Weight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
 
@@ -58,13 +58,10 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
-#: A matrix (out, in), as it is or quantized.
-Weight = Tensor | QuantizedWeight
-
-
 class MLPWeights(NamedTuple):
     """The tensors of one MLP. up, gate: (I, H); down: (H, I); biases and norm weights 1-D or None.
 
+    Those three may be quantized.
     With a gate, the hidden activation is act(x·gateᵀ + gate_bias) * (x·upᵀ + up_bias).
     The last two are of the norms of what joins a residual (`branch_norm` of MLPConfig).
     """
@@ -358,9 +355,9 @@ def library_linear(
 
 def join(out: Tensor, summands: Summands) -> Tensor:
     """out + summands, out itself if there are none."""
-    if summands == NO_SUMMANDS:
-        return out
     add, add2, add_bias = summands
+    if add is None and add2 is None and add_bias is None:
+        return out
     return residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
 
 
@@ -402,8 +399,7 @@ def plan_linear(
     M: int, weight: Weight, *, gated: bool = False, dtype: torch.dtype | None = None
 ) -> Plan:
     """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
-    codes = weight.codes if isinstance(weight, QuantizedWeight) else weight
-    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(codes.device.index))
+    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(weight.device.index))
 
 
 def executable(
@@ -415,9 +411,10 @@ def executable(
             return plan
         linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
         return tuning.choose_quantized_tiled(linear, plan.pdl)
+    assert not isinstance(gate, QuantizedWeight)
     if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
         return plan
-    linear = linear_of(x.shape[0], weight, gate is not None)
+    linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
@@ -432,7 +429,8 @@ def in_vectors(weight: Weight | None) -> bool:
 def linear_of(M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None) -> Linear:
     N, K = weight.shape
     if isinstance(weight, QuantizedWeight):
-        group = 0 if weight.scales.shape[1] == 1 else weight.group_size
+        whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
+        group = 0 if whole_rows else weight.group_size
         found = weight.format, group, weight.zeros is not None
         return Linear(M, N, K, dtype or torch.float16, True, gated, *found)
     return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
@@ -463,6 +461,7 @@ def linear_launch(
         return quantized_launch(
             plan, x, weight, bias, gate, activation, norm, summands, out, waited
         )
+    assert not isinstance(gate_weight, QuantizedWeight)
     blocks = -(-N // plan.block_n)
     scalars = (
         M,
@@ -621,7 +620,7 @@ def quantized_launch(
     blocks = -(-N // plan.block_n)
     programs = min(plan.programs // plan.splits or blocks, blocks)
     steps = plan.splits * plan.block_k
-    if scales.shape[1] == 1:
+    if scales.shape[1] == 1 and zeros is None:
         use = "result"
     else:
         use = "sums" if weight.group_size % depth == 0 else "weights"

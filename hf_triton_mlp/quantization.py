@@ -8,7 +8,7 @@ so that a scale's own rounding costs no accuracy.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -99,6 +99,21 @@ class QuantizedWeight(NamedTuple):
         """Of all its tensors."""
         return sum(t.nbytes for t in (self.codes, self.scales, self.zeros) if t is not None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.codes.device
+
+    def chunk(self, chunks: int, dim: int = 0) -> list["QuantizedWeight"]:
+        """Parts of its rows, views, as a tensor's; of columns there are none."""
+        assert dim == 0
+        tensors = (self.codes, self.scales, self.zeros)
+        parts = [(None,) * chunks if t is None else t.chunk(chunks) for t in tensors]
+        return [
+            QuantizedWeight(codes, scales, zeros, (len(codes), self.shape[1]), self.group_size)
+            for codes, scales, zeros in zip(*parts, strict=True)
+        ]
+
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that it stands for, computed in float32."""
         values = self.codes.float() if self.format != "int4" else self._int4_values()
@@ -113,6 +128,21 @@ class QuantizedWeight(NamedTuple):
 
     def _spread(self, of_groups: Tensor) -> Tensor:
         return of_groups.repeat_interleave(self.group_size, dim=1)[:, : self.shape[1]]
+
+
+#: A weight (out, in) as kernels read it.
+Weight: TypeAlias = Tensor | QuantizedWeight
+
+
+def same_format(one: Weight, other: Weight) -> bool:
+    """Whether one kernel reads both: both plain, or of one format and with groups of one size."""
+
+    def format_of(weight: Weight) -> tuple[object, ...] | None:
+        if isinstance(weight, Tensor):
+            return None
+        return weight.format, weight.group_size, weight.scales.dtype, weight.zeros is None
+
+    return format_of(one) == format_of(other)
 
 
 @torch.no_grad()
