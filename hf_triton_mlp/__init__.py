@@ -13,6 +13,7 @@ from hf_triton_mlp.decoding import graph_decode
 from hf_triton_mlp.mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, ResidualAddOp, VectorMatMulOp
 from hf_triton_mlp.patching import patch_model, patch_report, patched, unpatch_model
+from hf_triton_mlp.quantization import QuantizationConfig
 from hf_triton_mlp.quantizer import TritonMLPConfig
 from hf_triton_mlp.validation import validate
 
@@ -26,6 +27,7 @@ __all__ = [
     "MLPConfig",
     "MLPGemmOp",
     "MLPWeights",
+    "QuantizationConfig",
     "ResidualAddOp",
     "TritonMLP",
     "TritonMLPConfig",

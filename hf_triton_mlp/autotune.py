@@ -384,7 +384,7 @@ def measure(
     tried again, and so once more down. A plan that does not compile, or whose error exceeds twice
     torch's own, does not count.
     """
-    dtype = layers[0].up.dtype
+    dtype = layers[0].plain[0].dtype
     chain = Chain(case, layers, M)
     tried: list[tuple[str, Plan, float]] = []
     found: list[Plan | None] = [

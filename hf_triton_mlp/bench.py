@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
         **{name: module.__version__ for name, module in packages.items()},
         **{
             name: importlib.metadata.version(name)
-            for name in ("gemlite", "liger_kernel")
+            for name in ("bitsandbytes", "gemlite", "liger_kernel", "torchao")
             if installed(name)
         },
     }
@@ -197,7 +197,7 @@ def _cell(
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     found: dict[str, dict[str, Any]] = {}
     same_bits = False
-    for name, build in peers(case, M, layers[0].up.dtype).items():
+    for name, build in peers(case, M, layers[0].plain[0].dtype).items():
         if name in COMPILED and not compiled:
             continue
         before = time.monotonic()
@@ -226,7 +226,7 @@ def _cell(
     best = min(others, key=lambda name: others[name]["device_us"]["median"])
     # Weights once; the rows in, out and between.
     values = case.weights + M * (3 * case.hidden + 2 * case.intermediate)
-    tb_s = values * layers[0].up.dtype.itemsize / us / 1e6
+    tb_s = values * layers[0].plain[0].itemsize / us / 1e6
     tflop_s = 2 * case.weights * M / us / 1e6
     return {
         "peers": found,
@@ -324,8 +324,9 @@ def _row(cell: dict[str, Any]) -> list[str]:
 
 def failures(record: dict[str, Any]) -> list[str]:
     """Which peers failed where, and why."""
+    keys = ("case", "format", "dtype", "M")
     return [
-        f"failed: {name}, {cell['case']}, {cell['dtype']}, M={cell['M']}: {peer['failed']}"
+        f"failed: {name}, {_name({k: cell[k] for k in keys if k in cell})}: {peer['failed']}"
         for cell in record["cells"]
         for name, peer in cell["peers"].items()
         if "failed" in peer

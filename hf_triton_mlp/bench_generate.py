@@ -1,11 +1,12 @@
 """The generate() benchmark: whole calls, ours against transformers' own ways to decode.
 
-Every contender has a copy of the model that shares its weights, and decodes greedily, in turn with
-the others, round by round, in one process. A round is one call for all new tokens and one for the
-first alone; both end with a copy of the tokens to the host, so the GPU is done then. The time a
-token takes is their difference over the tokens between: that is right for a loop that runs ahead
-of its tokens too, but knows only means. So gaps between tokens are measured as well, by a streamer
-and in a call of its own: when tokens reach a reader on the host, which each loop decides itself.
+Every contender has a copy of the model that shares its weights, and decodes greedily or samples, in
+turn with the others, round by round, in one process. A round is one call for all new tokens and one
+for the first alone; both end with a copy of the tokens to the host, so the GPU is done then. The
+time a token takes is their difference over the tokens between: that is right for a loop that runs
+ahead of its tokens too, but knows only means. So gaps between tokens are measured as well, by a
+streamer and in a call of its own: when tokens reach a reader on the host, which each loop decides
+itself.
 """
 
 import copy
@@ -30,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_triton_mlp import decoding
 from hf_triton_mlp.bench import fill, new_run, versions
 from hf_triton_mlp.capture import CACHE, captures_of
+from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.measure import ceilings
 from hf_triton_mlp.patching import patch_model
 from hf_triton_mlp.peers import OURS
@@ -72,6 +74,10 @@ COMPILED = "transformers static + compile"
 OURS_EAGER = "hf_triton_mlp eager"
 
 
+#: How tokens are chosen where they are sampled, as transformers' users often do.
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+
+
 class Way(NamedTuple):
     """A way to decode: how the model is patched, if it is, and what generate() is told."""
 
@@ -88,6 +94,11 @@ WAYS = {
 }
 
 
+def quantized_way(quantization: str) -> tuple[str, Way]:
+    """Ours with weights of a format that patch_model knows, by name."""
+    return f"{OURS} {quantization}", Way({"cuda_graphs": True, "quantization": quantization})
+
+
 # --- measuring --------------------------------------------------------------------------------
 
 
@@ -97,6 +108,7 @@ def bench_generate(
     *,
     device: torch.device,
     compiled: bool = True,
+    quantizations: Sequence[str] = (),
     rounds: int = 5,
     seconds: float = math.inf,
     kept: dict[str, Any] | None = None,
@@ -106,7 +118,8 @@ def bench_generate(
     """Measure these cells, which `cells` lists, with models on the device, `load(name, dtype)`.
 
     compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
-    not compile, and they are left out. rounds: at least two. The rest is as for `bench_mlp`.
+    not compile, and they are left out. quantizations: formats of weights, each for a contender of
+    ours more. rounds: at least two. The rest is as for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
@@ -122,6 +135,9 @@ def bench_generate(
         "compiled": compiled and on_gpu,
     }
     ways = {name: way for name, way in WAYS.items() if name != COMPILED or record["compiled"]}
+    if quantizations:
+        record["quantization"] = ", ".join(quantizations)
+        ways.update(map(quantized_way, quantizations))
     model: Any = None
     held = None
 
@@ -152,10 +168,14 @@ def cells(
     batches: Sequence[int],
     prompts: Sequence[int],
     new_tokens: Sequence[int],
+    sampled: Sequence[bool] = (False,),
 ) -> list[dict[str, Any]]:
-    """Every cell: texts in a batch, tokens in each prompt, new tokens for each text."""
-    keys = ("model", "dtype", "batch", "prompt", "new_tokens")
-    values = itertools.product(models, dtypes, batches, prompts, new_tokens)
+    """Every cell: texts in a batch, tokens in each prompt, new tokens for each text.
+
+    sampled: whether tokens are chosen as `SAMPLED` says, or greedily.
+    """
+    keys = ("model", "dtype", "batch", "prompt", "new_tokens", "sampled")
+    values = itertools.product(models, dtypes, batches, prompts, new_tokens, sampled)
     return [dict(zip(keys, each, strict=True)) for each in values]
 
 
@@ -183,19 +203,20 @@ def twin(model: Any) -> Any:
 class Contender:
     """A twin of a model, and one way to decode with it."""
 
-    def __init__(self, model: Any, way: Way) -> None:
-        self.model, self.options = twin(model), way.options
-        # Greedy, and no token ends a text: all are made.
+    def __init__(self, model: Any, way: Way, sampled: bool = False) -> None:
+        choice = SAMPLED if sampled else {"do_sample": False}
+        self.model, self.options = twin(model), {**choice, **way.options}
+        # No token ends a text: all are made.
         self.model.generation_config = GenerationConfig(pad_token_id=0)
         if way.patch is not None:
             patch_model(self.model, **way.patch)
 
     def generate(self, prompt: Tensor, tokens: int, streamer: Any = None) -> list[list[int]]:
-        """The new tokens of each text."""
+        """The new tokens of each text, by the same random numbers in each call."""
+        torch.manual_seed(0)
         output = self.model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            do_sample=False,
             max_new_tokens=tokens,
             streamer=streamer,
             **self.options,
@@ -291,7 +312,7 @@ class Judge:
 def _cell(
     model: Any, place: dict[str, Any], ways: dict[str, Way], rounds: int, read_tb_s: float | None
 ) -> dict[str, Any]:
-    new = place["new_tokens"]
+    new, sampled = place["new_tokens"], place["sampled"]
     prompt = _prompt(model, place)
     per_step = bytes_per_step(model, place)
     limit_ms = None if read_tb_s is None else sum(per_step.values()) / read_tb_s / 1e9
@@ -318,9 +339,12 @@ def _cell(
     for name, way in ways.items():
         found[name] = {}
         with part_of(name) as result:
-            contenders[name] = Contender(model, way)
-            # What other contenders keep does not count, nor does a layout of weights twice.
-            beside = _allocated(model) - alone
+            contenders[name] = Contender(model, way, sampled)
+            # What other contenders keep does not count, nor does a layout of weights twice, nor
+            # weights that are there for others, as those are which this one has quantized.
+            quantizes = "quantization" in (way.patch or {})
+            weights = contenders[name].model.get_memory_footprint() if quantizes else alone
+            beside = _allocated(model) - weights
             result["first_call_s"] = round(contenders[name].seconds(prompt, new), 3)
             contenders[name].seconds(prompt, 1)
             with _peak(model) as peak:
@@ -334,9 +358,15 @@ def _cell(
             with part_of(name):
                 whole, first = (contenders[name].seconds(prompt, tokens) for tokens in (new, 1))
                 times[name].append((whole, first))
+    quantized = [name for name in times if "quantization" in (ways[name].patch or {})]
     for name in times:
-        found[name].update(_figures(times, name, place, limit_ms))
-    others = [name for name in times if name != OURS]
+        limit = limit_ms
+        if name in quantized:
+            found[name]["bytes_per_step"] = bytes_per_step(contenders[name].model, place)
+            if read_tb_s is not None:
+                limit = sum(found[name]["bytes_per_step"].values()) / read_tb_s / 1e9
+        found[name].update(_figures(times, name, place, limit))
+    others = [name for name in times if name != OURS and name not in quantized]
     best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
     speedup = None
     if OURS in times and best is not None:
@@ -350,7 +380,8 @@ def _cell(
     if EAGER in contenders:
         for name in contenders:
             if name != EAGER:
-                found[name].update(_compare(judge, prompt, texts[EAGER], texts[name]))
+                margins = None if sampled else judge
+                found[name].update(_compare(margins, prompt, texts[EAGER], texts[name]))
     return {
         "contenders": found,
         "bytes_per_step": per_step,
@@ -388,6 +419,7 @@ def bytes_per_step(model: Any, place: dict[str, Any]) -> dict[str, int]:
     if head is not None:
         tables.discard(id(head.weight))
     weights = sum(w.nbytes for w in model.parameters() if id(w) not in tables)
+    weights += sum(linear.quantized.nbytes for _, linear in quantized_linears(model))
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=model.device)
     cache = getattr(model(tokens, use_cache=True), CACHE)
     states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
@@ -447,9 +479,12 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _compare(
-    judge: Judge, prompt: Tensor, theirs: list[list[int]], ours: list[list[int]]
+    judge: Judge | None, prompt: Tensor, theirs: list[list[int]], ours: list[list[int]]
 ) -> dict[str, Any]:
-    """Of each text the tokens until the first that differs, and what is known about that one."""
+    """Of each text the tokens until the first that differs, and what is known about that one.
+
+    Sampled tokens have no margin, so that no judge knows.
+    """
     equal, differences = [], []
     for row, (expected, found) in enumerate(zip(theirs, ours, strict=True)):
         same = [a == b for a, b in zip(expected, found, strict=True)]
@@ -458,7 +493,9 @@ def _compare(
             position = same.index(False)
             new = torch.tensor(expected[:position], dtype=torch.int64, device=prompt.device)
             tokens = torch.cat([prompt[row], new])[None]
-            parting = _unless_full(judge.parting, tokens, expected[position], found[position])
+            parting = None
+            if judge is not None:
+                parting = _unless_full(judge.parting, tokens, expected[position], found[position])
             differences.append({"text": row, "position": position, **(parting or {})})
     return {"equal_tokens": equal, "differences": differences}
 
@@ -511,10 +548,12 @@ def tables(record: dict[str, Any]) -> Iterator[Table]:
 
 
 def _title(cell: dict[str, Any]) -> str:
-    return (
-        f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}, "
-        f"{cell['prompt']} + {cell['new_tokens']} tokens"
-    )
+    return f"{cell['model']}, {cell['dtype']}, batch {cell['batch']}, {_lengths(cell)} tokens"
+
+
+def _lengths(cell: dict[str, Any]) -> str:
+    sampled = ", sampled" if cell["sampled"] else ""
+    return f"{cell['prompt']} + {cell['new_tokens']}{sampled}"
 
 
 def _column(result: dict[str, Any]) -> dict[str, str]:
@@ -590,7 +629,8 @@ def _partings(cell: dict[str, Any], differences: list[dict[str, Any]]) -> str:
 def markdown(record: dict[str, Any], dtype: str) -> str:
     """For a README: tokens per second of all contenders, and of ours what else is of interest."""
     measured = [cell for cell in record["cells"] if cell["dtype"] == dtype]
-    names = [name for name in WAYS if any(name in cell["contenders"] for cell in measured)]
+    named = dict.fromkeys((*WAYS, *itertools.chain(*(cell["contenders"] for cell in measured))))
+    names = [name for name in named if any(name in cell["contenders"] for cell in measured)]
     lines = [
         ["model", "batch", "tokens", *names, "× the fastest other", "ms a token", "of the limit"]
     ]
@@ -604,7 +644,7 @@ def markdown(record: dict[str, Any], dtype: str) -> str:
             [
                 cell["model"],
                 str(cell["batch"]),
-                f"{cell['prompt']} + {cell['new_tokens']}",
+                _lengths(cell),
                 *("-" if rate is None else _number(rate["median"]) for rate in rates),
                 _ratio(cell["speedup"]),
                 _number(ours["token_ms"]) if "token_ms" in ours else "-",
@@ -635,7 +675,7 @@ def plot(record: dict[str, Any], path: Path, dtype: str) -> None:
             if bars:
                 axis.bar(*zip(*bars, strict=True), width=0.25, color=f"C{i}", label=name)
         axis.axhline(1, color="black", linewidth=0.8)
-        labels = [f"{c['batch']} × ({c['prompt']} + {c['new_tokens']})" for c in groups]
+        labels = [f"{c['batch']} × ({_lengths(c)})" for c in groups]
         axis.set_xticks(range(len(groups)), labels, fontsize=7)
         axis.set(title=model, ylabel="× transformers eager")
         axis.grid(axis="y", alpha=0.3)

@@ -26,7 +26,8 @@ from hf_triton_mlp.launchers import (
     split_launches,
     split_parts,
 )
-from hf_triton_mlp.reading import EPSILONS, has_own_forward
+from hf_triton_mlp.quantization import Weight
+from hf_triton_mlp.reading import EPSILONS, QUANTIZED, full_name, has_own_forward
 from hf_triton_mlp.tuning import DECODE_ROWS, Plan
 
 #: How many numbers of rows (and kinds of calls) launches are bound for; older ones are dropped.
@@ -51,9 +52,10 @@ class BoundMLP:
     and weights that are where they were: their addresses are kept, not the tensors.
     """
 
-    def __init__(self, up: Tensor) -> None:
+    def __init__(self, up: Weight, dtype: torch.dtype) -> None:
+        """up: the weight of this projection; dtype: what a call's tensors have."""
         self.intermediate, self.hidden = up.shape
-        self.device_index, self.dtype = up.device.index, up.dtype
+        self.device_index, self.dtype = up.device.index, dtype
         #: None where the launches of every call have to do: a product is cuBLAS's, say.
         self._bound: dict[tuple[int, bool, bool, bool], BoundLaunches | None] = {}
         self._seen: set[int] = set()
@@ -103,9 +105,9 @@ class BoundMLP:
         input: Tensor,
         residual: Tensor | None,
         normed: Tensor | None,
-        up: tuple[Tensor, Tensor | None],
-        gate: tuple[Tensor | None, Tensor | None],
-        down: tuple[Tensor, Tensor | None],
+        up: tuple[Weight, Tensor | None],
+        gate: tuple[Weight | None, Tensor | None],
+        down: tuple[Weight, Tensor | None],
         *,
         activation: str,
         norm: tuple[str, Tensor | None, Tensor | None, float] | None,
@@ -141,9 +143,11 @@ class BoundMLP:
             hidden = x.new_empty((M, self.intermediate))
             work = [carry, norm_of_x, hidden]
             joined = Summands(x, r)  # whatever joins is laid out as these are
-            up_plan = plan_linear(M, up[0], gated=gate[0] is not None)
+            up_plan = plan_linear(M, up[0], gated=gate[0] is not None, dtype=x.dtype)
             up_plan = executable(up_plan, x, up[0], gate[0], joined)
-            down_plan = executable(plan_linear(M, down[0]), hidden, down[0], None, joined)
+            down_plan = executable(
+                plan_linear(M, down[0], dtype=x.dtype), hidden, down[0], None, joined
+            )
             if "library" in (up_plan.kernel, down_plan.kernel):
                 return
             calls: list[Launch] = []
@@ -151,8 +155,8 @@ class BoundMLP:
             def add(
                 plan: Plan,
                 source: Tensor,
-                linear: tuple[Tensor, Tensor | None],
-                gate: tuple[Tensor | None, Tensor | None],
+                linear: tuple[Weight, Tensor | None],
+                gate: tuple[Weight | None, Tensor | None],
                 activation: str | None,
                 norm: Norm | None,
                 summands: Summands,
@@ -256,38 +260,37 @@ def _triton_relauncher(
 
 
 class BoundParts:
-    """Bound launches, and the modules whose parameters they have the addresses of."""
+    """Bound launches, and the modules whose parameters and buffers they have the addresses of."""
 
     def __init__(
         self, mlp: nn.Module, parts: list[nn.Module | None], norm_eps: float, launches: BoundMLP
     ) -> None:
-        """parts: what `mlp` calls or reads; its own parameters are looked at too."""
+        """parts: what `mlp` calls or reads; its own tensors are looked at too."""
         self.launches = launches
         self.parts = parts
-        self.norm_eps = norm_eps
         modules = [part for part in parts if part is not None]
         self.modules = [(module, type(module), module.__dict__) for module in modules]
-        self.epsilons = [
-            (module.__dict__, name)
-            for module in modules
-            for name in EPSILONS
-            if name in module.__dict__
-        ]
-        self.parameters = [
-            (module._parameters, name, p, p.data_ptr(), p.dtype, p.shape, p.stride())
+        self.values: list[tuple[dict[str, Any], str, object]] = []
+        for module in modules:
+            names = [name for name in EPSILONS if name in module.__dict__]
+            self.values += [(module.__dict__, name, norm_eps) for name in names]
+            if full_name(type(module)) == QUANTIZED:  # no tensor of it says what it computes in
+                self.values.append((module.__dict__, "dtype", launches.dtype))
+        named = [
+            (tensors, name, tensor)
             for module in (mlp, *modules)
-            for name, p in module._parameters.items()
-            if p is not None
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
         ]
-        self.absent = [
-            (module._parameters, name)
-            for module in (mlp, *modules)
-            for name, p in module._parameters.items()
-            if p is None
+        self.tensors = [
+            (tensors, name, t, t.data_ptr(), t.dtype, t.shape, t.stride())
+            for tensors, name, t in named
+            if t is not None
         ]
+        self.absent = [(tensors, name) for tensors, name, t in named if t is None]
 
     def unchanged(self, parts: list[nn.Module | None]) -> bool:
-        """Whether these are the same, plain modules with their parameters where they were.
+        """Whether these are the same, plain modules with their tensors where they were.
 
         It takes the host two or three microseconds.
         """
@@ -301,16 +304,16 @@ class BoundParts:
                 or ("forward" in state and has_own_forward(module))
             ):
                 return False
-        for parameters, name, p, address, dtype, shape, strides in self.parameters:
+        for tensors, name, t, address, dtype, shape, strides in self.tensors:
             if (
-                parameters.get(name) is not p
-                or p.data_ptr() != address
-                or p.dtype is not dtype
-                or p.shape != shape
-                or p.stride() != strides
+                tensors.get(name) is not t
+                or t.data_ptr() != address
+                or t.dtype is not dtype
+                or t.shape != shape
+                or t.stride() != strides
             ):
                 return False
-        for parameters, name in self.absent:
-            if parameters[name] is not None:
+        for tensors, name in self.absent:
+            if tensors[name] is not None:
                 return False
-        return all([state.get(name) == self.norm_eps for state, name in self.epsilons])
+        return all([state.get(name) == value for state, name, value in self.values])

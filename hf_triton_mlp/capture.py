@@ -21,6 +21,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import logging
 
 from hf_triton_mlp import attention
+from hf_triton_mlp.choosing import CHOICES, Choice, Choosing
 from hf_triton_mlp.fingerprint import fingerprint
 from hf_triton_mlp.step_ops import DTYPES, StepOperations, choose_greedily
 
@@ -143,6 +144,8 @@ class Step:
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
         #: The next tokens, and which texts go on after them.
         self.report = torch.zeros((2, batch), dtype=torch.int64, device=device)
+        #: What was captured to choose tokens, behind a step that does not; None where it cannot be.
+        self.choices: OrderedDict[Any, Choice | None] = OrderedDict()
         self.graph: torch.cuda.CUDAGraph | None = None
         #: What capturing took: memory that the graphs of a pool did not have yet, and time.
         self.graph_bytes = 0
@@ -330,7 +333,9 @@ class Step:
         """Once it is dropped, let its memory wait for what another stream still does with it."""
         stream = None if self.stream is None else torch.cuda.current_stream(self.stream.device)
         if stream is not None and stream != self.stream:
-            for value in (*vars(self).values(), *self._states()):
+            choices = [vars(choice) for choice in self.choices.values() if choice is not None]
+            values = [value for each in (vars(self), *choices) for value in each.values()]
+            for value in (*values, *self._states()):
                 if isinstance(value, Tensor):
                     value.record_stream(stream)
 
@@ -405,6 +410,30 @@ class Captures:
         self._steps.move_to_end(shape)
         self._trim(1, model.device)
         return step
+
+    def choice(self, step: Step, choosing: Choosing) -> Choice | None:
+        """What chooses tokens behind a step, captured now if it was not yet; None if it cannot be.
+
+        A capture changes the step's token and which texts are unfinished.
+        """
+        on_gpu = step.token.is_cuda
+        if on_gpu and step.graph is None:
+            return None
+        if choosing.key not in step.choices:
+            choice = None
+            try:
+                choice = Choice(step.token, step.unfinished, step.shape.capacity, choosing)
+                if on_gpu:
+                    choice.capture(step.logits, self._pool)
+                    self._pool_bytes += choice.graph_bytes
+            except Exception as error:
+                choice = None
+                logger.warning_once(f"generate() chooses tokens without CUDA graphs: {error}")
+            step.choices[choosing.key] = choice
+            if len(step.choices) > CHOICES:
+                step.choices.popitem(last=False)
+        step.choices.move_to_end(choosing.key)
+        return step.choices[choosing.key]
 
     def _trim(self, least: int, device: torch.device) -> None:
         """Keep as many captures as there is room for, or so many if there is not."""

@@ -22,12 +22,23 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import hf_triton_mlp
-from hf_triton_mlp import autotune, bench, bench_generate, quality, support, tuning, validation
+from hf_triton_mlp import (
+    autotune,
+    bench,
+    bench_generate,
+    bench_quantized,
+    quality,
+    support,
+    tuning,
+    validation,
+)
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.measure import CASES
-from hf_triton_mlp.patching import patch_model, patch_report, specs
+from hf_triton_mlp.patching import patch_model, patch_report, unpatch_model
 from hf_triton_mlp.quality import QualityReport
+from hf_triton_mlp.quantization import CODES
 from hf_triton_mlp.quantizer import TritonMLPConfig
+from hf_triton_mlp.specs import specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
 app = typer.Typer(
@@ -81,18 +92,17 @@ def demo(
             console.rule(name)
             reports[name] = []
             for dtype in _dtypes("all", device):
-                reports[name].append(
-                    _validate(
-                        str(checkpoints / name),
-                        dtype=dtype,
-                        device=device,
-                        text=heldout.read_text() if heldout.exists() else None,
-                        prompts=PROMPTS,
-                        max_new_tokens=max_new_tokens,
-                        depth="layer",
-                        show=not reports[name],
-                    )
+                report, _ = _validate(
+                    str(checkpoints / name),
+                    dtype=dtype,
+                    device=device,
+                    text=heldout.read_text() if heldout.exists() else None,
+                    prompts=PROMPTS,
+                    max_new_tokens=max_new_tokens,
+                    depth="layer",
+                    show=not reports[name],
                 )
+                reports[name].append(report)
             console.print(_table(reports[name]))
         _finish(reports)
 
@@ -108,12 +118,16 @@ def validate(
     prompt: Annotated[list[str] | None, typer.Option(help="may be given several times")] = None,
     max_new_tokens: NewTokens = 40,
     depth: Annotated[str, typer.Option(help="layer or mlp")] = "layer",
+    quantization: Annotated[
+        str | None,
+        typer.Option(help="int8, int4 or fp8: patch a quantized model, and say what that costs"),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="write the reports here")] = None,
 ) -> None:
     """Compare a patched model with the original; exit status 1 when it is out of bounds."""
     with _errors_in_one_line():
         _need_folders(output)
-        reports = [
+        found = [
             _validate(
                 path_or_name,
                 dtype=one,
@@ -123,12 +137,21 @@ def validate(
                 max_new_tokens=max_new_tokens,
                 depth=depth,
                 show=False,
+                quantization=quantization,
             )
             for one in _dtypes(dtype, device)
         ]
+        reports = [report for report, _ in found]
         console.print(_table(reports))
+        for report, cost in found:
+            if cost is not None:
+                console.print(_quality_table(cost, f"{quantization}, {report.dtype}"))
         if output is not None:
-            output.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n")
+            written = [
+                asdict(report) | ({} if cost is None else {"quality": asdict(cost)})
+                for report, cost in found
+            ]
+            output.write_text(json.dumps(written, indent=2) + "\n")
         _finish({path_or_name: reports})
 
 
@@ -141,7 +164,9 @@ def quantize(
     symmetric: Annotated[
         bool | None, typer.Option(help="codes on both sides of 0; default: all but int4")
     ] = None,
-    refine: Annotated[bool, typer.Option(help="int4: half-quadratic quantization")] = False,
+    refine: Annotated[
+        bool, typer.Option(help="int4: search scales and zeros, which takes longer")
+    ] = False,
     include: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float16",
@@ -176,9 +201,15 @@ def quantize(
         words = DEFAULT_TEXT if text is None else text.read_text()
         ids = tokenizer(words, return_tensors="pt", verbose=False)["input_ids"][0]
         with _progress(f"{path_or_name}: comparing"):
+            try:
+                for each in (original, quantized):
+                    patch_model(each, cuda_graphs=each.device.type == "cuda")
+            except (ValueError, RuntimeError) as error:  # what is quantized need not be patched
+                console.print(f"compared as they are: {escape(str(error))}", soft_wrap=True)
+                original, quantized = unpatch_model(original), unpatch_model(quantized)
             found = quality.compare(original, quantized, ids)
         console.print(_quality_table(found))
-        quantized.save_pretrained(output)
+        unpatch_model(quantized).save_pretrained(output)
         tokenizer.save_pretrained(output)
         if report is not None:
             report.write_text(json.dumps(asdict(found), indent=2) + "\n")
@@ -280,6 +311,46 @@ def bench_mlp(
             bench.plot(record, plot, dtypes[0])
 
 
+@benchmarks.command("quantized")
+def bench_quantized_(
+    case: Annotated[list[str] | None, typer.Option(help="one of them; may be repeated")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(bench_quantized.FORMATS)}; all")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+    peers: Annotated[bool, typer.Option(help="other libraries too, if installed")] = True,
+    seconds: Seconds = math.inf,
+    output: Record = None,
+) -> None:
+    """Time one layer's residual + norm + MLP + residual with quantized weights."""
+    with _errors_in_one_line():
+        _known("case", case, CASES)
+        _known("format", format, bench_quantized.FORMATS)
+        _known("dtype", [dtype], DTYPES[1:])
+        _need_folders(output)
+        kept = bench.read(output) if output is not None and output.exists() else None
+        _need_gpu()
+        with _bar() as show:
+            record = bench_quantized.bench_quantized(
+                tuple(case or bench_quantized.CASES_OF_BARS),
+                tuple(format or bench_quantized.FORMATS),
+                tuple(rows or bench_quantized.ROWS),
+                dtype,
+                peers=peers,
+                seconds=seconds,
+                kept=kept,
+                progress=show,
+                save=lambda record: None if output is None else bench.write_lines(record, output),
+            )
+        for table in bench_quantized.tables(record):
+            console.print(table)
+        for failure in bench.failures(record):
+            console.print(escape(failure), soft_wrap=True)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
+
+
 @benchmarks.command("generate")
 def bench_generate_(
     models: Annotated[
@@ -299,6 +370,9 @@ def bench_generate_(
     dtype: Annotated[
         list[str] | None, typer.Option(help="may be repeated; float16, on the CPU float32")
     ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="temperature 0.8, top-k 50, top-p 0.95; not greedily")
+    ] = False,
     device: Device = None,
     compiled: Annotated[
         bool,
@@ -306,6 +380,9 @@ def bench_generate_(
             "--compile/--no-compile", help="transformers' compiled steps, which take longest"
         ),
     ] = True,
+    quantization: Annotated[
+        list[str] | None, typer.Option(help="int8, int4 or fp8: a contender more; may be repeated")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="calls of each contender")] = 5,
     seconds: Seconds = math.inf,
     output: Record = None,
@@ -314,6 +391,7 @@ def bench_generate_(
     """Time whole calls of generate(), ours and transformers', and compare their texts."""
     with _errors_in_one_line():
         _known("dtype", dtype, DTYPES)
+        _known("quantization", quantization, CODES)
         _need_folders(output, plot)
         kept = bench.read(output) if output is not None and output.exists() else None
         where = _device(device)
@@ -331,11 +409,12 @@ def bench_generate_(
         with _bar() as show, torch.cuda.device(where) if on_gpu else nullcontext():
             record = bench_generate.bench_generate(
                 bench_generate.cells(
-                    models, dtypes, batch or (1,), prompt or (32,), new_tokens or (128,)
+                    models, dtypes, batch or (1,), prompt or (32,), new_tokens or (128,), (sample,)
                 ),
                 load,
                 device=where,
                 compiled=compiled,
+                quantizations=quantization or (),
                 rounds=rounds,
                 seconds=seconds,
                 kept=kept,
@@ -472,15 +551,24 @@ def _validate(
     max_new_tokens: int,
     depth: str,
     show: bool,
-) -> ValidationReport:
-    """Load, patch a copy, compare; `show` prints the patch report and both texts too."""
+    quantization: str | None = None,
+) -> tuple[ValidationReport, QualityReport | None]:
+    """Load, patch a copy, compare; `show` prints the patch report and both texts too.
+
+    With a quantization, of a quantized model, beside which what it costs is told.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = _device(device)
     with _progress(f"{path}: {dtype}: loading"):
         tokenizer = _loaded(transformers.AutoTokenizer, path)
         original = _loaded(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
-        original = original.to(where).eval()
+        original = plain = original.to(where).eval()
+        if quantization is not None:
+            options = {"quantization_config": TritonMLPConfig(format=quantization)}
+            options["dtype"] = getattr(torch, dtype)
+            original = _loaded(transformers.AutoModelForCausalLM, path, **options)
+            original = original.to(where).eval()
         model = patch_model(copy.deepcopy(original), depth=depth)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -500,6 +588,9 @@ def _validate(
         report = validation.validate(
             original, model, cases, text=ids, max_new_tokens=max_new_tokens
         )
+        cost = None
+        if quantization is not None:
+            cost = quality.compare(patch_model(plain, depth=depth), model, ids)
     if show:
         console.print(str(patch_report(model)), highlight=False, soft_wrap=True)
         for name, each in (("original", original), ("patched", model)):
@@ -507,11 +598,11 @@ def _validate(
             tokens = each.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)[0]
             console.print(f"[bold]{name}:[/] ", end="")
             console.print(tokenizer.decode(tokens), markup=False, highlight=False)
-    return report
+    return report, cost
 
 
-def _quality_table(found: QualityReport) -> Table:
-    table = Table("", "original", "quantized", "", box=SIMPLE)
+def _quality_table(found: QualityReport, title: str | None = None) -> Table:
+    table = Table("", "original", "quantized", "", title=title, box=SIMPLE)
     before, after = found.perplexity_original, found.perplexity_quantized
     table.add_row(
         "perplexity", f"{before:.3f}", f"{after:.3f}", f"{100 * (after / before - 1):+.2f} %"
@@ -519,6 +610,8 @@ def _quality_table(found: QualityReport) -> Table:
     table.add_row("KL divergence", "", f"{found.kl_divergence:.2e}", "nats a token")
     sizes = [size / 1e6 for size in (found.bytes_original, found.bytes_quantized)]
     table.add_row("MB", *(f"{size:.1f}" for size in sizes), f"{sizes[1] / sizes[0]:.2f} x")
+    times = found.ms_per_token_original, found.ms_per_token_quantized
+    table.add_row("ms a token", *(f"{t:.2f}" for t in times), f"{times[1] / times[0]:.2f} x")
     table.add_section()
     for name, error in found.weight_errors.items():
         table.add_row(escape(name), "", f"{error:.2e}", "RMS error of the weight, relative")

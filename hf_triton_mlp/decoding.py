@@ -3,7 +3,8 @@
 transformers prepares the call, runs the prompt and says what to return; ours is the loop in between
 (`GenerationMixin._sample`). A step of it, from the last token to the next logits, and with plain
 greedy decoding to the next token, is captured once for a batch size and a capacity of the cache
-(`capture.Step`), then replayed, while the host reads the tokens of the steps before.
+(`capture.Step`), then replayed, while the host reads the tokens of the steps before. Other ways to
+choose a token are captured behind it (`choosing.Choice`), or run there by transformers' processors.
 """
 
 import functools
@@ -33,6 +34,7 @@ from hf_triton_mlp.capture import (
     drop_stale,
     forget,
 )
+from hf_triton_mlp.choosing import Choice, Choosing, ProcessorsByLength, draw
 from hf_triton_mlp.fingerprint import modules_of
 from hf_triton_mlp.mlp import StandIn, change_class, stand_in
 from hf_triton_mlp.reading import has_own_forward, store_by_input, store_by_output
@@ -330,7 +332,8 @@ class _Run:
 
         each = (*logits_processor, *stopping_criteria)
         self.greedy = not self.sample and all(type(one) in IN_THE_STEP for one in each)
-        in_advance = all(type(one) in STATELESS for one in each)
+        self.more_criteria = any(type(one) not in IN_THE_STEP for one in stopping_criteria)
+        in_advance = self.stateless = all(type(one) in STATELESS for one in each)
         #: Keeps what they make of Python's numbers, which a GPU has to wait for.
         self.constants = StepOperations() if in_advance else nullcontext()
         if self.sample and not input_ids.is_cuda:
@@ -349,6 +352,14 @@ class _Run:
         if self.pads and self.pad is None:
             raise CannotCapture("there is no padding token")
         self.positions = _positions(model)
+        #: How many tokens are in the cache after the prompt's forward.
+        self.cached = 0
+        self.by_length = ProcessorsByLength(logits_processor, input_ids.device)
+        ended = [] if self.ends is None else self.ends.tolist()
+        pad = 0 if self.pad is None else int(self.pad)
+        self.choosing = Choosing((), self.sample, tuple(ended), pad)
+        #: What chooses the tokens behind a step at present; it has the texts then.
+        self.choice: Choice | None = None
 
         self.unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         recorded = generation_config.return_dict_in_generate
@@ -367,7 +378,10 @@ class _Run:
     def first_step(self) -> Step:
         """The captured step to begin with."""
         room = LEAST_CAPACITY if self.limit is None else min(self.limit, LEAST_CAPACITY)
-        return self.captured(self.prompt_length() + room)
+        self.cached = self.prompt_length()
+        step = self.captured(self.cached + room)
+        self.choice_behind(step, self.prompt + 1)
+        return step
 
     def prompt_length(self) -> int:
         """How many tokens the cache will have after the prompt's forward, as `_prefill` sees it."""
@@ -398,6 +412,17 @@ class _Run:
         """The captured step of this shape; CannotCapture says why there is none."""
         with as_decoding(self.model):
             return self.captures.step(self.model, self.shape(length), self.layers)
+
+    def choice_behind(self, step: Step, length: int) -> Choice | None:
+        """What chooses tokens behind a step for texts of this length; None if it is not captured.
+
+        A text that is longer than its part of the cache, since that began with embeddings, is not.
+        """
+        captured = self.stateless and not self.greedy and self.prompt <= self.cached
+        processors = self.by_length(length) if captured else None
+        if processors is None:
+            return None
+        return self.captures.choice(step, self.choosing._replace(processors=processors))
 
     def larger(self, step: Step, length: int) -> Step:
         """A step with more room, in the place of one whose cache is full of `length` tokens."""
@@ -450,15 +475,14 @@ class _Run:
                     self.record(step.logits)
                     self.send(step.report)
                 else:
-                    self.choose(step.logits.to(torch.float32, copy=True))
-                    step.token.copy_(self.input_ids[:, -1:])
+                    self.choose_behind(step)
                 over = self.is_over(length)
         if self.streamer is not None:
             self.streamer.end()
         if kept and length > cached:
             step.give_back(cache, cached + len(self.tokens) - 1)
         sequences = self.input_ids[:, : self.prompt + len(self.tokens)].contiguous()
-        if self.greedy:
+        if self.greedy or self.choice is not None:
             new = torch.tensor(self.tokens, device=sequences.device)
             sequences = torch.cat([sequences[:, : self.prompt], new.t()], dim=-1)
         if not self.config.return_dict_in_generate:
@@ -470,6 +494,46 @@ class _Run:
         output: Any = GenerateDecoderOnlyOutput
         return output(sequences=sequences, scores=scores, logits=logits, **{CACHE: cache})
 
+    def choose_behind(self, step: Step) -> None:
+        """Choose the next tokens for a step's logits, and send them."""
+        length = self.prompt + self.launched
+        if not self.goes_on(step, length):
+            self.leave_choice(length)
+            choice = self.choice_behind(step, length)
+            if choice is not None:
+                choice.load(self.input_ids, self.by_length.ignored, self.unfinished)
+            self.choice = choice
+        if self.choice is None:
+            self.choose(step.logits.to(torch.float32, copy=True))
+            step.token.copy_(self.input_ids[:, -1:])
+            return
+        choice = self.choice
+        choice(step.logits)
+        if self.sample:
+            self.note_draw()
+        for recorded, kept in ((self.scores, choice.scores), (self.logits, choice.logits)):
+            if recorded is not None:
+                recorded.append(kept.clone())
+        if self.more_criteria:
+            so_far = None if self.scores is None else tuple(self.scores)
+            step.unfinished &= ~self.criteria(choice.texts(length + 1), so_far)
+            choice.report[1].copy_(step.unfinished)
+        self.send(choice.report)
+
+    def goes_on(self, step: Step, length: int) -> bool:
+        """Whether the same choice is behind this step for texts of this length too."""
+        processors = None if self.choice is None else self.by_length(length)
+        if self.choice is None or processors is None or self.choice.token is not step.token:
+            return False
+        return self.choice.choosing.key == self.choosing._replace(processors=processors).key
+
+    def leave_choice(self, length: int) -> None:
+        """Take the texts, which have this length, back from what chose their tokens."""
+        if self.choice is not None:
+            self.input_ids = self.choice.texts(length).clone()
+            self.unfinished = self.choice.unfinished.clone()
+            self.choice = None
+
     def choose(self, logits: Tensor) -> None:
         """Append the next tokens for logits (batch, vocabulary) in float32, and send them."""
         with self.constants:
@@ -479,7 +543,9 @@ class _Run:
         if self.logits is not None:
             self.logits.append(logits)
         if self.sample:
-            tokens, right = self.draw(torch.softmax(scores, dim=-1))
+            numbers, right = draw(torch.softmax(scores, dim=-1))
+            tokens = numbers.argmax(dim=-1)
+            self.note_draw()
         else:
             tokens, right = scores.argmax(dim=-1), None
         if self.pads:
@@ -490,17 +556,10 @@ class _Run:
         report = [tokens, self.unfinished.long()]
         self.send(torch.stack(report if right is None else [*report, right.long()]))
 
-    def draw(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens as torch.multinomial draws them, and of each text whether it could be drawn.
-
-        They are computed as there, from the same random numbers; but torch.multinomial waits until
-        it can look at the probabilities, and raises an error where we hand one on.
-        """
-        noise = torch.empty_like(probabilities).exponential_(1)
+    def note_draw(self) -> None:
+        """Remember where the GPU's random numbers are after this one."""
         if self.ahead:
-            self.random_offsets.append(_generator(probabilities.device).get_offset())
-        least, most = probabilities.aminmax(dim=-1)
-        return (probabilities / noise).argmax(dim=-1), (least >= 0) & (most < torch.inf)
+            self.random_offsets.append(_generator(self.input_ids.device).get_offset())
 
     def record(self, logits: Tensor) -> None:
         """Keep the logits of a step that chose the token itself, as raw logits and as scores."""

@@ -77,6 +77,13 @@ class MLPWeights(NamedTuple):
     attention_norm_weight: Tensor | None = None
     output_norm_weight: Tensor | None = None
 
+    @property
+    def plain(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """up, down and gate, which must not be quantized."""
+        matrices: Any = self.up, self.down, self.gate
+        assert not any(isinstance(each, QuantizedWeight) for each in matrices)
+        return matrices
+
 
 class Norm(NamedTuple):
     """A norm in front of a linear layer, and the residual that it hands on through `carry`.

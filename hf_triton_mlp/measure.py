@@ -47,8 +47,13 @@ CASES = {
 }
 
 
-def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[MLPWeights]:
-    """At least three layers, and enough that none is in the L2 when its turn comes."""
+def random_layers(
+    case: Case, dtype: torch.dtype, device: str = "cuda", itemsize: float | None = None
+) -> list[MLPWeights]:
+    """At least three layers, and enough that none is in the L2 when its turn comes.
+
+    itemsize: how many bytes of each weight are going to be read, if fewer than it has.
+    """
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(out: int, inp: int) -> Tensor:
@@ -60,7 +65,7 @@ def random_layers(case: Case, dtype: torch.dtype, device: str = "cuda") -> list[
         return around + 0.1 * values if present else None
 
     H, I = case.hidden, case.intermediate  # noqa: E741
-    layers = max(3, min(24, ROTATED_BYTES // (case.weights * dtype.itemsize)))
+    layers = max(3, min(24, int(ROTATED_BYTES // (case.weights * (itemsize or dtype.itemsize)))))
     return [
         MLPWeights(
             matrix(I, H),
@@ -84,7 +89,7 @@ class Chain:
     """Layer halves one after the other, each on the output of the one before, as in a model."""
 
     def __init__(self, case: Case, layers: list[MLPWeights], M: int) -> None:
-        up = layers[0].up
+        up, *_ = layers[0].plain
         generator = torch.Generator(up.device).manual_seed(M)
         shape = (M, case.hidden)
         self.layers = len(layers)

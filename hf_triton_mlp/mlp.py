@@ -4,7 +4,7 @@ import inspect
 import math
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from hf_triton_mlp.bound import BoundMLP, BoundParts
 from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.linear import keeping_dtypes
 from hf_triton_mlp.ops import (
     DTYPES,
     NORMS,
@@ -30,11 +31,13 @@ from hf_triton_mlp.ops import (
     norm_function,
     projection_functions,
 )
+from hf_triton_mlp.quantization import QuantizedWeight, from_flat_groups, same_format
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
     read_branch_norm,
     read_norm,
+    read_place,
     read_projection,
     split_packed,
     store_by_input,
@@ -56,7 +59,8 @@ class MLPConfig:
     None (no norm in front). pre_norm: the residual is what enters the norm; post-norm: what leaves
     it. branch_scale: what is added to a residual, in front of the norm and after the MLP, is
     multiplied by it. branch_norm: it is normalized, by an RMSNorm of this kind with the same
-    epsilon; `norm` is of the same kind or None. mp_size: ranks that share the weights.
+    epsilon; `norm` is of the same kind or None. mp_size: ranks that share the weights. dtype: of
+    the weights; those of a TritonMLP built from the config may be int8, and the rest is float16.
     Raises ValueError or TypeError for a value that is not supported.
     """
 
@@ -90,8 +94,9 @@ class MLPConfig:
         check_branch_norm(self.branch_norm, self.norm, self.pre_norm, self.branch_scale)
         if self.norm_eps < 0:
             raise ValueError(f"norm_eps must not be negative, found {self.norm_eps}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype} is not supported; supported: {DTYPES}")
+        supported = (*DTYPES, torch.int8)
+        if self.dtype not in supported:
+            raise ValueError(f"dtype {self.dtype} is not supported; supported: {supported}")
 
 
 class StandIn(nn.Module):
@@ -161,7 +166,8 @@ class TritonMLP(StandIn):
 
     Built from a config it owns its parameters: attn_nw, attn_nb (norm, H), inter_w (I, H) and
     inter_b (up; a gated MLP has the gate's rows below the up rows: (2 I, H)), output_w (H, I) and
-    output_b (down), and branch_nw (norms of attention's and of the MLP's output, (2, H)). Inside a
+    output_b (down), and branch_nw (norms of attention's and of the MLP's output, (2, H)). With the
+    dtype int8, inter_w and output_w are codes, 0 until they are loaded, and have scales. Inside a
     model it is made by `from_projections` and holds the model's own projections under their own
     names, so that state_dict keys and adapters stay as they were.
 
@@ -170,42 +176,101 @@ class TritonMLP(StandIn):
     any more, it calls its parts as the original did.
     """
 
+    inter_scales: Tensor
+    output_scales: Tensor
+
     def __init__(
         self,
         config: MLPConfig,
         mp_group: object | None = None,
-        q_scales: object | None = None,
+        q_scales: Sequence[Tensor] | Tensor | None = None,
         q_groups: int = 1,
         merge_count: int = 1,
         mlp_extra_grouping: bool = False,
     ) -> None:
+        """For int8, as in DeepSpeed: value = code * scale, scales are of flat groups.
+
+        q_scales: the last two are up's and down's, q_groups for each of the merged checkpoints, one
+        after the other; zeros may follow. A checkpoint's part of a matrix, row by row, is in
+        q_groups groups of equal size, or with mlp_extra_grouping in twice as many. merge_count: how
+        many checkpoints of a tensor-parallel model were merged, a power of two, whose exponent is
+        the attribute of this name: their rows of inter_w and their columns of output_w.
+        Raises ValueError where groups cover neither whole rows nor equal parts of one, and where
+        numbers do not fit.
+        """
         super().__init__()
         if mp_group is not None or config.mp_size != 1:
             raise NotImplementedError(
                 "sharded execution (mp_group, mp_size > 1) is not implemented yet"
             )
-        quantized = (q_scales, q_groups, merge_count, mlp_extra_grouping)
-        if quantized != (None, 1, 1, False):
-            raise NotImplementedError(
-                "quantized weights (q_scales, q_groups, merge_count, mlp_extra_grouping) "
-                "are not implemented yet"
+        quantized = config.dtype is torch.int8
+        if quantized != (q_scales is not None):
+            raise ValueError(
+                f"q_scales are for the dtype torch.int8, which needs them; found {config.dtype} "
+                f"with{'out' if q_scales is None else ''} q_scales"
+            )
+        if not quantized and (q_groups, merge_count, mlp_extra_grouping) != (1, 1, False):
+            raise ValueError(
+                "q_groups, merge_count and mlp_extra_grouping are for the dtype torch.int8, found "
+                f"{config.dtype}"
             )
         self._configure(config)
-        H, I, dtype = config.hidden_size, config.intermediate_size, config.dtype  # noqa: E741
+        H, I = config.hidden_size, config.intermediate_size  # noqa: E741
+        dtype = torch.float16 if quantized else config.dtype
 
         def parameter(present: bool, *shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape, dtype=dtype)) if present else None
+
+        def matrix(*shape: int) -> nn.Parameter:
+            empty = torch.empty(shape, dtype=config.dtype)
+            return nn.Parameter(empty, requires_grad=not quantized)
 
         affine = config.norm is not None and config.norm_affine
         rows = 2 * I if config.gated else I
         self.attn_nw = parameter(affine, H)
         self.attn_nb = parameter(affine and config.norm == "layer_norm", H)
         self.branch_nw = parameter(config.norm_affine and config.branch_norm is not None, 2, H)
-        self.inter_w = parameter(True, rows, H)
+        self.inter_w = matrix(rows, H)
         self.inter_b = parameter(config.up_bias, rows)
-        self.output_w = parameter(True, H, I)
+        self.output_w = matrix(H, I)
         self.output_b = parameter(config.down_bias, H)
+        if q_scales is not None:
+            if merge_count < 1 or merge_count & (merge_count - 1):
+                raise ValueError(f"merge_count is {merge_count}, supported: powers of two")
+            if config.gated and merge_count > 1:
+                raise ValueError("merged checkpoints of a gated MLP are not supported")
+            self.q_groups = q_groups * 2 if mlp_extra_grouping else q_groups
+            self.merge_count = merge_count.bit_length() - 1
+            self._group(*q_scales[-2:])
         self.reset_parameters()
+
+    def _group(self, *flat: Tensor) -> None:
+        """Give inter_w and output_w the scales of their flat groups, in the form kernels read."""
+        merged, group_sizes = 2**self.merge_count, []
+        for dim, (name, scales) in enumerate(zip(("inter", "output"), flat, strict=True)):
+            codes, count = getattr(self, f"{name}_w"), merged * self.q_groups
+            numbers = scales.detach().flatten()
+            if numbers[count:].any():
+                raise ValueError(
+                    f"{name}_w: found {numbers.numel()} scales, expected {self.q_groups} for each "
+                    f"of {merged} merged parts"
+                )
+            try:
+                weight = from_flat_groups(
+                    codes.detach(), numbers[:count], groups=self.q_groups, merged=merged, dim=dim
+                )
+            except ValueError as error:
+                raise ValueError(f"{name}_w: {error}") from error
+            if not weight.scales.isfinite().all():
+                raise ValueError(f"{name}_w: scales are infinite or NaN")
+            self.register_buffer(f"{name}_scales", weight.scales, persistent=False)
+            group_sizes.append(weight.group_size)
+        self.group_sizes = tuple(group_sizes)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Scales of its own keep their dtype, as codes do."""
+        with keeping_dtypes(self, self._buffers.keys() & {"inter_scales", "output_scales"}):
+            return super()._apply(fn, recurse)
 
     @classmethod
     def from_projections(
@@ -277,7 +342,9 @@ class TritonMLP(StandIn):
         assert isinstance(module, TritonMLP)
         module._configure(config, norm_class)
         module.projection_names, module.packed = (up, gate, down), packed
-        module._adopted = {name: type(child) for name, child in module._modules.items()}
+        module._adopted = {
+            name: type(child) for name, child in module._modules.items() if name not in names
+        }
         module._stored_by_output = stored
 
     def release(self) -> None:
@@ -289,6 +356,7 @@ class TritonMLP(StandIn):
             "norm_class",
             "proving",
             "verified",
+            "originals",
             "projection_names",
             "packed",
             "_gelu_gemm",
@@ -308,6 +376,8 @@ class TritonMLP(StandIn):
         self.proving = False
         #: Whether a patch of this kind of layer was compared with the original when it was made.
         self.verified = False
+        #: The projections in whose places patch_model put quantized ones, by path; None: not kept.
+        self.originals: dict[str, nn.Module | None] = {}
         self._bound: BoundParts | None = None
         self._adopted: dict[str, type] = {}
         self._stored_by_output: list[str] = []
@@ -334,8 +404,10 @@ class TritonMLP(StandIn):
             assert weight is not None
             bound = 1 / math.sqrt(weight.shape[1])
             for parameter in (weight, bias):
-                if parameter is not None:
+                if parameter is not None and parameter.is_floating_point():
                     nn.init.uniform_(parameter, -bound, bound)
+                elif parameter is not None:
+                    nn.init.zeros_(parameter)
         offset = "rms_norm_offset" in (self.mlp_config.norm, self.mlp_config.branch_norm)
         for norm in (self.attn_nw, self.branch_nw):
             if norm is not None:
@@ -397,7 +469,7 @@ class TritonMLP(StandIn):
         weights = self._weights(norm, projections, branch_norms)
         parts = norm, projections, branch_norms
         if weights is not None:
-            self._check_place(input, weights)
+            self._check_place(input, projections)
         if (
             weights is None
             or not self._kernels_apply(input)
@@ -540,7 +612,8 @@ class TritonMLP(StandIn):
         """Bind launches for this number of rows to these weights, which are known to fit."""
         config, parts = self.mlp_config, self._parts(norm, projections, branch_norms)
         if self._bound is None or not self._bound.unchanged(parts):
-            self._bound = BoundParts(self, parts, config.norm_eps, BoundMLP(weights.up))
+            launches = BoundMLP(weights.up, input.dtype)
+            self._bound = BoundParts(self, parts, config.norm_eps, launches)
         w, kind, branch_kind = weights, self._mlp_gemm.norm, config.branch_norm
         before = branches = None
         if self._has_norms(norm, branch_norms):
@@ -600,12 +673,16 @@ class TritonMLP(StandIn):
                     f"a call has the config's norms or none: norm, branch_norm {kinds}"
                 )
         for name, child in self._modules.items():
-            if child is not None and not is_plain(child, self._adopted.get(name, type(child))):
+            if child is None or name in (self.projection_names or ()):
+                continue
+            if not is_plain(child, self._adopted.get(name, type(child))):
                 return None  # another activation than there was, or hooks on it, say
         up, gate, down = self._projections(projections)
         up_read, down_read = read_projection(up), read_projection(down)
         gate_read = (None, None) if gate is None else read_projection(gate)
         if up_read is None or down_read is None or gate_read is None:
+            return None
+        if gate_read[0] is not None and not same_format(up_read[0], gate_read[0]):
             return None
         if self.packed is not None:
             weights, biases = split_packed(self.packed, up_read[0]), (None, None)
@@ -636,21 +713,43 @@ class TritonMLP(StandIn):
         )
 
     def _own_weights(self) -> MLPWeights:
-        up, up_bias, gate, gate_bias = self.inter_w, self.inter_b, None, None
-        assert up is not None and self.output_w is not None
+        up, gate, down = self.inter_w, None, self.output_w
+        up_bias, gate_bias = self.inter_b, None
+        assert up is not None and down is not None
+        if self.mlp_config.dtype is torch.int8:
+            up, down = (
+                QuantizedWeight(codes, scales, None, (codes.shape[0], codes.shape[1]), size)
+                for codes, scales, size in (
+                    (up, self.inter_scales, self.group_sizes[0]),
+                    (down, self.output_scales, self.group_sizes[1]),
+                )
+            )
         if self.mlp_config.gated:
             up, gate = up.chunk(2)
             if up_bias is not None:
                 up_bias, gate_bias = up_bias.chunk(2)
         branch_weights = (None, None) if self.branch_nw is None else self.branch_nw.unbind()
-        projections = up, self.output_w, up_bias, self.output_b, gate, gate_bias
+        projections = up, down, up_bias, self.output_b, gate, gate_bias
         return MLPWeights(*projections, self.attn_nw, self.attn_nb, *branch_weights)
 
-    def _check_place(self, input: Tensor, weights: MLPWeights) -> None:
-        if input.device != weights.up.device:
-            raise ValueError(f"input is on {input.device}, the weights are on {weights.up.device}")
-        if input.dtype != weights.up.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"input is {input.dtype}, the weights are {weights.up.dtype}")
+    def _own_place(self) -> tuple[torch.dtype, torch.device]:
+        """Of its parameters but codes, where there are others, float16 is what these stand for."""
+        assert self.inter_w is not None
+        floating = (p for p in self._parameters.values() if p is not None and p.is_floating_point())
+        dtype = next((parameter.dtype for parameter in floating), torch.float16)
+        return dtype, self.inter_w.device
+
+    def _check_place(self, input: Tensor, projections: Projections | None) -> None:
+        if self.owns_weights:
+            place = self._own_place()
+        else:
+            place = read_place(self._projections(projections)[0])
+            assert place is not None, "it was read"
+        dtype, device = place
+        if input.device != device:
+            raise ValueError(f"input is on {input.device}, the weights are on {device}")
+        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input is {input.dtype}, the weights are {dtype}")
 
     def _call_parts(
         self,

@@ -3,11 +3,13 @@
 Every operation takes any number of leading dimensions and treats its input as (tokens, hidden).
 Tensors on a GPU run the Triton kernels through a `torch.library` custom op; CPU tensors, autocast
 and calls that need gradients run the same formula in PyTorch, which is also the reference.
-Weights are (out, in) with any strides, so that a Conv1D weight enters as `weight.t()`.
+Weights are (out, in) with any strides, so that a Conv1D weight enters as `weight.t()`; or they are
+quantized, and PyTorch then computes with what they stand for in the input's dtype.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from hf_triton_mlp import launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import MLPWeights, Summands, linear, on_device, rows
+from hf_triton_mlp.quantization import QuantizedWeight, Weight, same_format
 from hf_triton_mlp.reading import split_packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -141,13 +144,19 @@ def norm_function(
     return lambda x: F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias in PyTorch, differentiable."""
+    values = weight if isinstance(weight, Tensor) else weight.dequantize(x.dtype)
+    return F.linear(x, values, bias)
+
+
 def projection_functions(weights: MLPWeights) -> dict[str, Callable[[Tensor], Tensor] | None]:
     """up, gate and down as functions of x."""
     gate = weights.gate
     return {
-        "up": lambda x: F.linear(x, weights.up, weights.up_bias),
-        "gate": None if gate is None else lambda x: F.linear(x, gate, weights.gate_bias),
-        "down": lambda x: F.linear(x, weights.down, weights.down_bias),
+        "up": lambda x: product(x, weights.up, weights.up_bias),
+        "gate": None if gate is None else lambda x: product(x, gate, weights.gate_bias),
+        "down": lambda x: product(x, weights.down, weights.down_bias),
     }
 
 
@@ -156,7 +165,9 @@ def _float(tensor: Tensor | None) -> Tensor | None:
 
 
 def _float_weights(weights: MLPWeights) -> MLPWeights:
-    return MLPWeights(*map(_float, weights))  # pyright: ignore[reportArgumentType]
+    """In float32; quantized ones are what they are."""
+    wide = (w if isinstance(w, QuantizedWeight) else _float(w) for w in weights)
+    return MLPWeights(*wide)  # pyright: ignore[reportArgumentType]
 
 
 # --- when the kernels run ---------------------------------------------------------------------
@@ -167,12 +178,14 @@ def kernels_apply(input: Tensor) -> bool:
     return (input.is_cuda or INTERPRETED) and not torch.is_autocast_enabled(input.device.type)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants to see this computation."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def needs_grad(*tensors: Weight | None) -> bool:
+    """Whether autograd wants to see this computation; quantized weights have no gradients."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def check_tensors(input: Tensor, weight: Tensor, *same_shape: Tensor | None) -> None:
+def check_tensors(input: Tensor, weight: Weight, *same_shape: Tensor | None) -> None:
     """Raise a clear error unless `input` fits `weight` (out, in) and the others fit `input`."""
     check_floating(input)
     if input.shape[-1] != weight.shape[1]:
@@ -181,7 +194,7 @@ def check_tensors(input: Tensor, weight: Tensor, *same_shape: Tensor | None) -> 
         )
     if input.device != weight.device:
         raise ValueError(f"input is on {input.device}, the weights are on {weight.device}")
-    if input.dtype != weight.dtype:
+    if isinstance(weight, Tensor) and input.dtype != weight.dtype:
         raise TypeError(f"input is {input.dtype}, the weights are {weight.dtype}")
     if input.dtype not in DTYPES:
         raise TypeError(f"{input.dtype} is not supported by the kernels; supported: {DTYPES}")
@@ -207,7 +220,8 @@ def _check_vector(name: str, vector: Tensor | None, size: int, like: Tensor) -> 
         )
 
 
-def _check_weights(weights: MLPWeights) -> None:
+def _check_weights(weights: MLPWeights, input: Tensor) -> None:
+    """The rest of `check_tensors(input, weights.up)`."""
     intermediate, hidden = weights.up.shape
     if weights.down.shape != (hidden, intermediate):
         raise ValueError(
@@ -219,14 +233,15 @@ def _check_weights(weights: MLPWeights) -> None:
             f"mismatched projections: up is {tuple(weights.up.shape)}, "
             f"gate is {tuple(weights.gate.shape)}"
         )
+    if weights.gate is not None and not same_format(weights.up, weights.gate):
+        raise TypeError("projections differ: up and gate are not quantized alike")
     for other in (weights.down, weights.gate):
-        if other is not None and (other.dtype, other.device) != (
-            weights.up.dtype,
-            weights.up.device,
-        ):
+        if other is None:
+            continue
+        dtype = other.dtype if isinstance(other, Tensor) else input.dtype
+        if (dtype, other.device) != (input.dtype, input.device):
             raise TypeError(
-                f"projections differ: {weights.up.dtype} on {weights.up.device}, "
-                f"{other.dtype} on {other.device}"
+                f"projections differ: {input.dtype} on {input.device}, {dtype} on {other.device}"
             )
     for name, size in (
         ("up_bias", intermediate),
@@ -237,10 +252,65 @@ def _check_weights(weights: MLPWeights) -> None:
         ("attention_norm_weight", hidden),
         ("output_norm_weight", hidden),
     ):
-        _check_vector(name, getattr(weights, name), size, weights.up)
+        _check_vector(name, getattr(weights, name), size, input)
 
 
 # --- custom ops -------------------------------------------------------------------------------
+
+
+class Carried(NamedTuple):
+    """MLPWeights as custom ops take them: in tensors and numbers alone.
+
+    weights: with the codes of quantized ones. scales: the scales and zeros of up, down and gate, in
+    turn; group_sizes: theirs, 0 where one is not quantized. Both are empty where none is.
+    """
+
+    weights: MLPWeights
+    scales: Sequence[Tensor | None] = ()
+    group_sizes: Sequence[int] = ()
+
+
+def carried(weights: MLPWeights) -> Carried:
+    """The opposite of `_unpacked`."""
+    projections = weights.up, weights.down, weights.gate
+    if not any(isinstance(weight, QuantizedWeight) for weight in projections):
+        return Carried(weights)
+    codes, scales, group_sizes = [], [], []
+    for weight in projections:
+        quantized = isinstance(weight, QuantizedWeight)
+        codes.append(weight.codes if quantized else weight)
+        scales += (weight.scales, weight.zeros) if quantized else (None, None)
+        group_sizes.append(weight.group_size if quantized else 0)
+    up, down, gate = codes
+    return Carried(weights._replace(up=up, down=down, gate=gate), scales, group_sizes)
+
+
+def _unpacked(
+    weights: MLPWeights,
+    scales: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
+    hidden: int,
+) -> MLPWeights:
+    """The weights of an MLP of this hidden size, as they were before `carried`."""
+    if not group_sizes:
+        return weights
+    intermediate = weights.up.shape[0]
+    up, down, gate = (
+        _quantized(codes, scales[2 * i], scales[2 * i + 1], size, group_sizes[i])
+        for i, (codes, size) in enumerate(
+            ((weights.up, hidden), (weights.down, intermediate), (weights.gate, hidden))
+        )
+    )
+    return weights._replace(up=up, down=down, gate=gate)
+
+
+def _quantized(
+    codes: Any, scales: Tensor | None, zeros: Tensor | None, size: int, group_size: int
+) -> Any:
+    """The weight (out, size) of these tensors; a plain one, or None, has no scales."""
+    if scales is None:
+        return codes
+    return QuantizedWeight(codes, scales, zeros, (codes.shape[0], size), group_size)
 
 
 def _mlp_gemm(
@@ -257,6 +327,8 @@ def _mlp_gemm(
     norm_bias: Tensor | None,
     attention_norm_weight: Tensor | None,
     output_norm_weight: Tensor | None,
+    scales: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
     activation: str,
     norm: str | None,
     norm_eps: float,
@@ -276,6 +348,7 @@ def _mlp_gemm(
         attention_norm_weight,
         output_norm_weight,
     )
+    weights = _unpacked(weights, scales, group_sizes, input.shape[-1])
     if not kernels_apply(input):
         op = MLPGemmOp(
             activation=activation,
@@ -326,27 +399,39 @@ def _gelu_gemm(
     add: Tensor | None,
     add2: Tensor | None,
     add_bias: Tensor | None,
+    scales: Sequence[Tensor | None],
+    group_sizes: Sequence[int],
     activation: str,
 ) -> Tensor:
+    w = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias)
+    w = _unpacked(w, scales, group_sizes, input.shape[-1])
     if not kernels_apply(input):
-        weights = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias)
-        return GELUGemmOp(activation=activation).compose(input, weights, add, add2, add_bias)
+        return GELUGemmOp(activation=activation).compose(input, w, add, add2, add_bias)
     with on_device(input):
-        hidden = linear(rows(input), up, up_bias, gate=(gate, gate_bias), activation=activation)
+        gated = w.gate, w.gate_bias
+        hidden = linear(rows(input), w.up, w.up_bias, gate=gated, activation=activation)
         summands = Summands(
             add=None if add is None else rows(add),
             add2=None if add2 is None else rows(add2),
             add_bias=add_bias,
         )
-        out = linear(hidden, down, down_bias, summands=summands, waited=True)
+        out = linear(hidden, w.down, w.down_bias, summands=summands, waited=True)
     return out.view(input.shape)
 
 
-def _vector_matmul(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _vector_matmul(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
+    zeros: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    matrix = _quantized(weight, scales, zeros, input.shape[-1], group_size)
     if not kernels_apply(input):
-        return F.linear(input, weight, bias)
+        return product(input, matrix, bias)
     with on_device(input):
-        return linear(rows(input), weight, bias).view(*input.shape[:-1], weight.shape[0])
+        return linear(rows(input), matrix, bias).view(*input.shape[:-1], weight.shape[0])
 
 
 def _residual_add(
@@ -403,7 +488,7 @@ def _like_input(input: Tensor, *arguments: object) -> Tensor:
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
-def _like_product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _like_product(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
@@ -468,13 +553,15 @@ class MLPGemmOp:
             check_floating(input)
             return self.compose(input, weights, residual, bias)
         check_tensors(input, weights.up, residual)
-        _check_weights(weights)
+        _check_weights(weights, input)
         _check_vector("bias", bias, input.shape[-1], input)
+        tensors, *rest = carried(weights)
         return _run_mlp_gemm(
             input,
             residual,
             bias,
-            *weights,
+            *tensors,
+            *rest,
             self.activation,
             self.norm,
             self.norm_eps,
@@ -533,9 +620,11 @@ class GELUGemmOp:
             check_floating(input)
             return self.compose(input, weights, add, add2, add_bias)
         check_tensors(input, weights.up, add, add2)
-        _check_weights(weights)
+        _check_weights(weights, input)
         _check_vector("add_bias", add_bias, input.shape[-1], input)
-        return _run_gelu_gemm(input, *weights[:6], add, add2, add_bias, self.activation)
+        tensors, *rest = carried(weights)
+        summands = add, add2, add_bias
+        return _run_gelu_gemm(input, *tensors[:6], *summands, *rest, self.activation)
 
     def compose(
         self,
@@ -576,19 +665,23 @@ class GELUGemmOp:
 class VectorMatMulOp:
     """input · weightᵀ + bias: one linear layer."""
 
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """input: (…, K); weight: (N, K), any strides; bias: (N,); returns (…, N)."""
+    def __call__(self, input: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+        """input: (…, K); weight: (N, K), any strides, or quantized; bias: (N,); returns (…, N)."""
         if not kernels_apply(input) or needs_grad(input, weight, bias):
             check_floating(input)
-            return F.linear(input, weight, bias)
+            return product(input, weight, bias)
         check_tensors(input, weight)
         _check_vector("bias", bias, weight.shape[0], input)
-        return _run_vector_matmul(input, weight, bias)
+        if isinstance(weight, Tensor):
+            return _run_vector_matmul(input, weight, bias)
+        codes, scales, zeros, _, group_size = weight
+        return _run_vector_matmul(input, codes, bias, scales, zeros, group_size)
 
     @staticmethod
-    def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def reference(input: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
         """The same in PyTorch, in float32."""
-        return F.linear(input.float(), weight.float(), _float(bias))
+        wide = weight.float() if isinstance(weight, Tensor) else weight
+        return product(input.float(), wide, _float(bias))
 
 
 class ResidualAddOp:

@@ -1,6 +1,5 @@
 """patch_model: find the MLP of every decoder layer, check them all, then replace them all."""
 
-import fnmatch
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -10,10 +9,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from hf_triton_mlp import decoding, proof, structure
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import plan_linear
+from hf_triton_mlp.layers import (
+    by_structure,
+    decoder_layers,
+    experts_of,
+    mlp_of,
+    not_supported,
+    projection_names,
+    select,
+    supported_layers,
+)
+from hf_triton_mlp.linear import QuantizedLinear, quantized_linears
 from hf_triton_mlp.mlp import (
     FusedLayer,
     MLPConfig,
@@ -23,15 +34,19 @@ from hf_triton_mlp.mlp import (
     stand_in,
 )
 from hf_triton_mlp.ops import DTYPES
+from hf_triton_mlp.quantization import QuantizationConfig, same_format
+from hf_triton_mlp.quantizer import check_quantizable, quantization_of, record
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
     read_branch_norm,
     read_epsilon,
     read_norm,
+    read_place,
     read_projection,
+    split_packed,
 )
-from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short, specs
+from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short
 from hf_triton_mlp.tuning import check_capability
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,6 +63,7 @@ class PatchRow:
 
     verified: "yes", "yes, by structure", or "no" where nothing was compared: without verify, on the
     meta device, where parts are called, not read, and where there was no memory for a wider copy.
+    weights: the format of quantized ones, their bytes as they were and as they are; else "".
     """
 
     layer: str
@@ -57,6 +73,7 @@ class PatchRow:
     plan: str
     verified: str
     reason: str
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,8 @@ class PatchReport:
 
     def __str__(self) -> str:
         header = ("layer", "replaced", "dtype", "device", "plan", "verified", "reason")
+        if any(row.weights for row in self.rows):
+            header = (*header[:3], "weights", *header[3:])
         table = [header, *(tuple(getattr(row, name) for name in header) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
@@ -83,11 +102,14 @@ class _Swap:
     layer: nn.Module
     config: MLPConfig
     depth: str
+    quantization: QuantizationConfig | None = None
 
     @property
-    def kind(self) -> tuple[MLPSpec, MLPConfig]:
+    def kind(self) -> tuple[object, ...]:
         """What layers have in common of which one stands for all."""
-        return self.spec, self.config
+        projections = self.spec.projections(self.layer)
+        formats = [p.config if isinstance(p, QuantizedLinear) else None for p in projections]
+        return self.spec, self.config, self.quantization, *formats
 
 
 def patch_model(
@@ -98,6 +120,8 @@ def patch_model(
     depth: str = "layer",
     verify: bool = True,
     cuda_graphs: bool = False,
+    quantization: str | QuantizationConfig | None = None,
+    keep_originals: bool = False,
 ) -> Model:
     """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
 
@@ -109,52 +133,95 @@ def patch_model(
     spec names a layer, the MLPs found by their structure are replaced if they pass, and only then.
     cuda_graphs: let `model.generate()` replay its decode steps from CUDA graphs, with transformers'
     own results; what cannot be captured runs transformers' loop, and a log line says why.
+    quantization: quantize the projections, "int8", "int4" and "fp8" with TritonMLPConfig's other
+    values: one after the other on its device, with a progress bar of transformers' kind. The model
+    is then as one that was loaded with a TritonMLPConfig. verify compares with what the quantized
+    weights stand for.
+    keep_originals: keep what is quantized on the CPU, so that unpatch_model can put it back.
 
-    Weights are moved, not copied; state_dict keys stay as they are. Every layer is checked before
-    any is replaced, so that an error leaves the model as it was. Layers that are already patched
-    stay as they are, and so do mixture-of-experts MLPs.
+    Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
+    Every layer is checked before any is replaced, so that an error leaves the model as it was;
+    where it comes while weights are quantized (an interrupt, say), those that are stay so, unless
+    originals are kept. Layers that are already patched stay as they are, but for their weights,
+    which nothing is compared with then, and so do mixture-of-experts MLPs.
 
     Raises ValueError when no layer is supported, or a layer cannot be patched faithfully (when
-    verified, with more than twice torch's own error), and
-    RuntimeError for a GPU older than compute capability 8.0.
+    verified, with more than twice torch's own error) or not quantized (weights that are not finite,
+    shared, adapted, offloaded or on the meta device), and RuntimeError for a GPU older than compute
+    capability 8.0.
     """
+    config = None if quantization is None else quantization_of(quantization)
     if depth not in ("layer", "mlp"):
         raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
     if cuda_graphs:
         decoding.generating(model)  # or an error, before anything is replaced
-    found = _supported_layers(model, search=verify)
-    names = _select([name for name, _, _ in found], include, exclude)
-    chosen = [each for each in found if each[0] in names and _experts(*each[1:]) is None]
+    found = supported_layers(model, search=verify)
+    names = select([name for name, _, _ in found], include, exclude)
+    chosen = [each for each in found if each[0] in names and experts_of(*each[1:]) is None]
     if not chosen:
         raise ValueError(
             "include and exclude leave no layer to patch: mixture-of-experts MLPs are not supported"
         )
+    if config is not None:
+        check_quantizable(model, projection_names(model, chosen), config)
     swaps = [
-        _check_layer(spec, name, layer, depth)
+        _check_layer(spec, name, layer, depth, config)
         for name, layer, spec in chosen
         if not _is_patched(name, layer, spec, depth)
     ]
     verified = _verify(swaps) if verify else set()
-    proven = [swap for swap in swaps if swap.name in verified or not _by_structure(swap.spec)]
+    proven = [swap for swap in swaps if swap.name in verified or not by_structure(swap.spec)]
     if not proven and len(swaps) == len(chosen):
-        raise _not_supported(model, found)
+        raise not_supported(model, found)
+    unproven = {swap.name for swap in swaps} - {swap.name for swap in proven}
     swaps = proven
+    layers = [(layer, spec) for name, layer, spec in chosen if name not in unproven]
+    kept = {layer: {} for layer, _ in layers}
     try:
+        if config is not None:
+            for layer, spec in logging.tqdm(layers, desc="Quantizing MLPs", disable=None):
+                _quantize(layer, spec, config, kept[layer], keep_originals)
         for swap in swaps:
             _install(swap).verified = swap.name in verified
     except BaseException:  # no memory for one weight, or interrupted
+        for layer, spec in layers:
+            _restore(spec.owner(layer), kept[layer])
         for swap in swaps:
             _uninstall(swap.layer, swap.spec)
+        record(model)
         raise
+    new = {swap.layer for swap in swaps}
+    for layer, spec in layers:
+        mlp = _triton_mlp(layer, spec)
+        assert mlp is not None
+        mlp.originals = {**mlp.originals, **kept[layer]}
+        if kept[layer] and layer not in new:  # what was compared has other weights
+            mlp.verified = False
+    if config is not None:
+        record(model)
     if cuda_graphs:
         decoding.enable(model)
     return model
 
 
 def unpatch_model(model: Model) -> Model:
-    """Put the original modules and classes back, the same objects; returns `model`."""
-    for _, layer, spec in list(_decoder_layers(model)):
+    """Put the original modules and classes back, the same objects; returns `model`.
+
+    Layers that were quantized before they were patched stay quantized. Raises ValueError, and
+    changes nothing, where patch_model has quantized weights and not kept them; after
+    `model.dequantize()` the layers have those that the quantized ones stood for.
+    """
+    found = list(decoder_layers(model))
+    gone = [name for name, layer, spec in found if _originals_gone(layer, spec)]
+    if gone:
+        raise ValueError(
+            f"the weights of {', '.join(gone)} were quantized by patch_model and not kept, for "
+            "which there is keep_originals=True; model.dequantize() gives layers of the weights "
+            "that the quantized ones stand for, and unpatch_model the rest"
+        )
+    for _, layer, spec in found:
         _uninstall(layer, spec)
+    record(model)
     decoding.disable(model)
     return model
 
@@ -168,9 +235,14 @@ def patched(
     depth: str = "layer",
     verify: bool = True,
     cuda_graphs: bool = False,
+    quantization: str | QuantizationConfig | None = None,
 ) -> Iterator[Model]:
     """Patch `model` for a with block, and leave it as it was; arguments as for patch_model."""
-    before = [layer for _, layer, spec in _decoder_layers(model) if _triton_mlp(layer, spec)]
+    before = {
+        layer: dict(mlp.originals)
+        for _, layer, spec in decoder_layers(model)
+        if (mlp := _triton_mlp(layer, spec)) is not None
+    }
     enabled = decoding.is_enabled(model)
     patch_model(
         model,
@@ -179,20 +251,27 @@ def patched(
         depth=depth,
         verify=verify,
         cuda_graphs=cuda_graphs,
+        quantization=quantization,
+        keep_originals=True,
     )
     try:
         yield model
     finally:
         if not enabled:
             decoding.disable(model)
-        for _, layer, spec in list(_decoder_layers(model)):
+        for _, layer, spec in list(decoder_layers(model)):
+            mlp = _triton_mlp(layer, spec)
             if layer not in before:
                 _uninstall(layer, spec)
+            elif mlp is not None:
+                added = mlp.originals.keys() - before[layer].keys()
+                _restore(spec.owner(layer), {path: mlp.originals.pop(path) for path in added})
+        record(model)
 
 
 def patch_report(model: nn.Module) -> PatchReport:
     """What is replaced in `model` right now, and why the rest is not."""
-    rows = tuple(_row(*found) for found in _decoder_layers(model, search=True))
+    rows = tuple(_row(*found) for found in decoder_layers(model, search=True))
     return PatchReport(rows, decoding.report(model))
 
 
@@ -200,138 +279,17 @@ def mlp_configs(model: nn.Module) -> list[MLPConfig]:
     """The different MLPs of an unpatched model; raises ValueError as patch_model does."""
     swaps = [
         _check_layer(spec, name, layer, "layer")
-        for name, layer, spec in _supported_layers(model)
-        if _experts(layer, spec) is None
+        for name, layer, spec in supported_layers(model)
+        if experts_of(layer, spec) is None
     ]
     return list(dict.fromkeys(swap.config for swap in swaps))
 
 
-def mlp_projections(
-    model: nn.Module,
-    *,
-    include: Iterable[str | int] | None = None,
-    exclude: Iterable[str | int] | None = None,
-) -> list[str]:
-    """The qualified names of the projections of MLPs, which may be on the meta device.
-
-    include, exclude: layers, as for patch_model. Raises ValueError as patch_model does where there
-    are none.
-    """
-    found = _supported_layers(model)
-    layers = _select([name for name, _, _ in found], include, exclude)
-    names = {module: name for name, module in model.named_modules()}
-    return [
-        names[projection]
-        for name, layer, spec in found
-        if name in layers and _experts(layer, spec) is None
-        for projection in spec.projections(layer)
-        if projection is not None
-    ]
-
-
-# --- find -------------------------------------------------------------------------------------
-
-
-def _decoder_layers(
-    model: nn.Module, search: bool = False
-) -> Iterator[tuple[str, nn.Module, MLPSpec]]:
-    """Every layer of a supported class in `model`, patched or not, with its qualified name.
-
-    Also every mixture-of-experts MLP, and every MLP that was found by its structure and patched.
-    search: where no layer is of a supported class, find the others by their structure too.
-    """
-    by_class = {spec.layer_class: spec for spec in specs()}
-
-    def of_family(module: nn.Module) -> MLPSpec | None:
-        found = (by_class.get(full_name(cls)) for cls in type(module).__mro__)
-        return next((spec for spec in found if spec is not None), None)
-
-    search = search and all(of_family(module) is None for module in model.modules())
-    inside: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module in inside:
-            continue
-        spec = of_family(module)
-        if spec is None and isinstance(module, structure.FoundMLP):
-            spec = module.spec
-        if spec is None and structure.has_experts(module):
-            spec = structure.experts_spec(module)
-        if spec is None and search and "experts" not in name.split("."):
-            spec = structure.read_mlp(module)
-        if spec is not None:
-            yield name, module, spec
-            mlp = _mlp(module, spec)
-            inside.update(() if mlp is None else mlp.modules())
-
-
-def _supported_layers(
-    model: nn.Module, search: bool = True
-) -> list[tuple[str, nn.Module, MLPSpec]]:
-    """_decoder_layers; ValueError when there is none that can be patched."""
-    found = list(_decoder_layers(model, search))
-    if all(_experts(layer, spec) for _, layer, spec in found):
-        raise _not_supported(model, found)
-    return found
-
-
-def _not_supported(model: nn.Module, found: Iterable[tuple[str, nn.Module, MLPSpec]]) -> ValueError:
-    experts = dict.fromkeys(_experts(layer, spec) for _, layer, spec in found)
-    names = ", ".join(name for name in experts if name is not None)
-    reason = names and f"; mixture-of-experts MLPs ({names}) are not supported"
-    supported = ", ".join(f"{spec.family} ({short(spec.layer_class)})" for spec in specs())
-    return ValueError(
-        f"{type(model).__name__} has no decoder layer that hf_triton_mlp supports{reason}; "
-        f"supported: {supported}"
-    )
-
-
-def _mlp(layer: nn.Module, spec: MLPSpec) -> nn.Module | None:
-    """The MLP module of a layer; where it has none there is one only while it is patched."""
-    return layer if spec.mlp == "" else layer._modules.get(spec.mlp or "mlp")
-
-
-def _experts(layer: nn.Module, spec: MLPSpec) -> str | None:
-    """The class of a layer's mixture-of-experts MLP, which is left alone; None for another MLP."""
-    mlp = _mlp(layer, spec)
-    return type(mlp).__name__ if mlp is not None and structure.has_experts(mlp) else None
-
-
-def _by_structure(spec: MLPSpec) -> bool:
-    return spec.family == structure.BY_STRUCTURE
-
-
-def _select(
-    names: list[str],
-    include: Iterable[str | int] | None,
-    exclude: Iterable[str | int] | None,
-) -> set[str]:
-    def matching(argument: str, selectors: Iterable[str | int]) -> set[str]:
-        if isinstance(selectors, str):
-            selectors = [selectors]
-        matched: set[str] = set()
-        for selector in selectors:
-            if isinstance(selector, int):
-                hits = names[selector : selector + 1 or None]
-            else:
-                hits = fnmatch.filter(names, selector)
-            if not hits:
-                raise ValueError(
-                    f"{argument} names {selector!r}, which matches no layer; "
-                    f"there are {len(names)}, from {names[0]!r} to {names[-1]!r}"
-                )
-            matched.update(hits)
-        return matched
-
-    chosen = set(names) if include is None else matching("include", include)
-    if exclude is not None:
-        chosen -= matching("exclude", exclude)
-    if not chosen:
-        raise ValueError("include and exclude leave no layer to patch")
-    return chosen
+# --- check ------------------------------------------------------------------------------------
 
 
 def _triton_mlp(layer: nn.Module, spec: MLPSpec) -> TritonMLP | None:
-    mlp = _mlp(layer, spec)
+    mlp = mlp_of(layer, spec)
     return mlp if isinstance(mlp, TritonMLP) else None
 
 
@@ -351,10 +309,13 @@ def _is_patched(name: str, layer: nn.Module, spec: MLPSpec, depth: str) -> bool:
     return True
 
 
-# --- check ------------------------------------------------------------------------------------
-
-
-def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swap:
+def _check_layer(
+    spec: MLPSpec,
+    name: str,
+    layer: nn.Module,
+    depth: str,
+    quantization: QuantizationConfig | None = None,
+) -> _Swap:
     """Everything that could go wrong with a layer goes wrong here, before any is changed."""
     depth = _depth(spec, depth)
     if depth == "mlp" and spec.mlp is None:
@@ -385,10 +346,9 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
     norms = spec.norms(layer) if fused else {}
     hidden, intermediate = _sizes(name, up, down, norms, packed=spec.packed is not None)
     epsilon = next(map(read_epsilon, norms.values()), None)
-    weight = getattr(up, "weight", None)
-    dtype = weight.dtype if isinstance(weight, torch.Tensor) else torch.float32
-    if isinstance(weight, torch.Tensor) and weight.is_cuda:
-        check_capability(torch.cuda.get_device_capability(weight.device))
+    dtype, device = read_place(up) or (torch.float32, torch.device("cpu"))
+    if device.type == "cuda":
+        check_capability(torch.cuda.get_device_capability(device))
     config = MLPConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -407,7 +367,14 @@ def _check_layer(spec: MLPSpec, name: str, layer: nn.Module, depth: str) -> _Swa
         check_projections(config, (up, gate, down), spec.packed)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    return _Swap(spec, name, layer, config, depth)
+    if quantization is None and gate is not None:
+        up_read, gate_read = read_projection(up), read_projection(gate)
+        if up_read and gate_read and not same_format(up_read[0], gate_read[0]):
+            raise ValueError(
+                f"{name}: {spec.up} and {spec.gate} are not quantized alike; patch_model(…, "
+                "quantization=…) quantizes both"
+            )
+    return _Swap(spec, name, layer, config, depth, quantization)
 
 
 def _called_norms(spec: MLPSpec, layer: nn.Module, config: MLPConfig) -> list[str]:
@@ -503,7 +470,7 @@ def _verify(swaps: list[_Swap]) -> set[str]:
             if _prove(swap):
                 proven.add(kind)
         except ValueError:
-            if not _by_structure(swap.spec):
+            if not by_structure(swap.spec):
                 raise
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()  # the copies may have been large
@@ -513,15 +480,29 @@ def _verify(swaps: list[_Swap]) -> set[str]:
 def _readable(swap: _Swap) -> bool:
     """Whether the kernels would read this layer's weights, and a copy of it may be called."""
     spec, layer = swap.spec, swap.layer
-    weights = [read_projection(p) for p in spec.projections(layer) if p is not None]
-    for read in weights:
-        if read is None or read[0].is_meta or read[0].dtype is not swap.config.dtype:
+    for projection in spec.projections(layer):
+        if projection is None:
+            continue
+        dtype, device = read_place(projection) or (None, None)
+        read = read_projection(projection)
+        if read is None or dtype is not swap.config.dtype or device == torch.device("meta"):
             return False
     if swap.depth == "mlp":
         return proof.can_run(layer.get_submodule(spec.mlp or ""), None)
     if _called_norms(spec, layer, swap.config):
         return False
     return proof.can_run(layer, spec.attention)
+
+
+def _quantized(swap: _Swap) -> dict[nn.Module, nn.Module]:
+    """What the projections of a layer are going to be replaced by."""
+    if swap.quantization is None:
+        return {}
+    return {
+        projection: QuantizedLinear.from_linear(projection, swap.quantization)
+        for projection in swap.spec.projections(swap.layer)
+        if projection is not None and not isinstance(projection, QuantizedLinear)
+    }
 
 
 def _prove(swap: _Swap) -> bool:
@@ -531,8 +512,10 @@ def _prove(swap: _Swap) -> bool:
     where the layer itself returns NaN or infinity nothing can be told.
     """
     spec, layer, name, dtype = swap.spec, swap.layer, swap.name, swap.config.dtype
-    read = read_projection(spec.projections(layer)[0])
-    assert read is not None
+    place = read_place(spec.projections(layer)[0])
+    assert place is not None
+    like = torch.empty((0, swap.config.hidden_size), dtype=place[0], device=place[1])
+    quantized = _quantized(swap)
     try:
         if swap.depth == "layer":
             module, attention = layer, spec.attention
@@ -544,7 +527,7 @@ def _prove(swap: _Swap) -> bool:
             unpatch = lambda twin: twin.release()  # noqa: E731
         normed = swap.config.branch_norm is not None
         scales = proof.NORMED_SCALES if normed else proof.SCALES
-        errors = proof.errors(module, attention, read[0], patch, unpatch, scales)
+        errors = proof.errors(module, attention, like, patch, unpatch, scales, quantized)
     except Exception as error:
         if any(text in str(error) for text in NO_MEMORY):
             return False
@@ -585,7 +568,7 @@ def _adopt(swap: _Swap, mlp: Any) -> TritonMLP:
     spec = swap.spec
     norm_class = _norm_class(spec) if swap.depth == "layer" else None
     names = {"up": spec.up, "gate": spec.gate, "down": spec.down, "packed": spec.packed}
-    kind = structure.FoundMLP if _by_structure(spec) else TritonMLP
+    kind = structure.FoundMLP if by_structure(spec) else TritonMLP
     stand_in(kind, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
     if isinstance(mlp, structure.FoundMLP):
         mlp.spec = spec
@@ -596,6 +579,7 @@ def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
     mlp = _triton_mlp(layer, spec)
     if mlp is None:
         return
+    _restore(spec.owner(layer), mlp.originals)
     if spec.mlp is None:
         delattr(layer, "mlp")
     else:
@@ -605,22 +589,76 @@ def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
         change_class(layer, layer.original_class)
 
 
+# --- quantize, and the way back ---------------------------------------------------------------
+
+
+@torch.inference_mode(False)
+def _quantize(
+    layer: nn.Module,
+    spec: MLPSpec,
+    config: QuantizationConfig,
+    originals: dict[str, nn.Module | None],
+    keep: bool,
+) -> None:
+    """Quantize the projections of a layer; `originals` gets them by path, None unless kept.
+
+    The weight of one is freed, or moved to the CPU, before the next is quantized.
+    """
+    owner = spec.owner(layer)
+    for path in spec.paths:
+        original: Any = owner.get_submodule(path)
+        if isinstance(original, QuantizedLinear):
+            continue
+        quantized = QuantizedLinear.from_linear(original, config)
+        if keep:
+            original.weight.data = original.weight.data.cpu()
+        owner.set_submodule(path, quantized)
+        originals[path] = original if keep else None
+
+
+def _restore(owner: nn.Module, originals: dict[str, nn.Module | None]) -> None:
+    """Put kept projections in the places of those that are still quantized."""
+    original: Any
+    for path, original in originals.items():
+        quantized = owner.get_submodule(path)
+        if original is None or not isinstance(quantized, QuantizedLinear):
+            continue
+        with torch.inference_mode(False):
+            data = original.weight.data
+            original.weight.data = data.to(quantized.codes.device, quantized.dtype)
+        original.bias = quantized.bias
+        owner.set_submodule(path, original.train(quantized.training))
+
+
+def _originals_gone(layer: nn.Module, spec: MLPSpec) -> bool:
+    """Whether weights of a layer that patch_model has quantized are lost, and still quantized."""
+    mlp = _triton_mlp(layer, spec)
+    return mlp is not None and any(
+        original is None and next(quantized_linears(spec.owner(layer).get_submodule(path)), None)
+        for path, original in mlp.originals.items()
+    )
+
+
 # --- report -----------------------------------------------------------------------------------
 
 
 def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
-    experts = _experts(layer, spec)
+    experts = experts_of(layer, spec)
     up, gate, down = (None, None, None) if experts else spec.projections(layer)
-    owner = _mlp(layer, spec) if up is None else up
+    owner = mlp_of(layer, spec) if up is None else up
+    place = None if up is None else read_place(up)
     weight = None if owner is None else next(owner.parameters(), None)
-    dtype = "-" if weight is None else str(weight.dtype).removeprefix("torch.")
-    device = "-" if weight is None else str(weight.device)
+    if place is None and weight is not None:
+        place = weight.dtype, weight.device
+    dtype = "-" if place is None else str(place[0]).removeprefix("torch.")
+    device = "-" if place is None else str(place[1])
+    weights = _quantized_bytes([up, gate, down])
     mlp = _triton_mlp(layer, spec)
     if mlp is None or up is None or down is None:
         reason = f"mixture of experts ({experts})" if experts else "not patched"
-        return PatchRow(name, "-", dtype, device, "-", "-", reason)
+        return PatchRow(name, "-", dtype, device, "-", "-", reason, weights)
     verified = "yes" if mlp.verified else "no"
-    if _by_structure(spec):
+    if by_structure(spec):
         verified += ", by structure"
     fused = isinstance(layer, FusedLayer)
     replaced = _half(spec, layer) if isinstance(layer, FusedLayer) else "MLP"
@@ -638,16 +676,31 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     ]
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
-        return PatchRow(name, replaced, dtype, device, "PyTorch", verified, reason)
+        return PatchRow(name, replaced, dtype, device, "PyTorch", verified, reason, weights)
     weight = read[0]
-    if not weight.is_cuda:
-        plan, reason = ("-", "waits for weights") if weight.is_meta else ("PyTorch", "")
-        return PatchRow(name, replaced, dtype, device, plan, verified, reason)
-    config = mlp.mlp_config
-    up_plan = plan_linear(1, weight[: config.intermediate_size], gated=config.gated)
+    if weight.device.type != "cuda":
+        plan, reason = "PyTorch", ""
+        if weight.device.type == "meta":
+            plan, reason = "-", "waits for weights"
+        return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights)
+    if spec.packed is not None:
+        weight, _ = split_packed(spec.packed, weight)
+    up_plan = plan_linear(1, weight, gated=mlp.mlp_config.gated)
     down_plan = plan_linear(1, (read_projection(down) or read)[0])
     plan = f"decode: {up_plan}; {down_plan}"
-    return PatchRow(name, replaced, dtype, device, plan, verified, "")
+    return PatchRow(name, replaced, dtype, device, plan, verified, "", weights)
+
+
+def _quantized_bytes(projections: Iterable[nn.Module | None]) -> str:
+    """What a PatchRow says of weights."""
+    found = [each for each in projections if isinstance(each, QuantizedLinear)]
+    if not found:
+        return ""
+    config = found[0].config
+    group = "" if config.group_size is None else f" g{config.group_size}"
+    before = sum(each.in_features * each.out_features * each.dtype.itemsize for each in found)
+    after = sum(each.quantized.nbytes for each in found)
+    return f"{config.format}{group}, {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
 
 
 def _half(spec: MLPSpec, layer: FusedLayer) -> str:

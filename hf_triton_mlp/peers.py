@@ -58,10 +58,11 @@ def _ours(case: Case, layers: list[MLPWeights]) -> LayerHalf:
 
 
 def _triton_mlp(case: Case, weights: MLPWeights) -> TritonMLP:
+    up, down, gate = weights.plain
     config = MLPConfig(
         hidden_size=case.hidden,
         intermediate_size=case.intermediate,
-        dtype=weights.up.dtype,
+        dtype=up.dtype,
         activation=case.activation,
         gated=case.gated,
         norm=case.norm,
@@ -70,10 +71,10 @@ def _triton_mlp(case: Case, weights: MLPWeights) -> TritonMLP:
     )
     with torch.device("meta"):
         mlp = TritonMLP(config).eval()
-    up = weights.up if weights.gate is None else torch.cat((weights.up, weights.gate))
-    mlp.inter_w = _parameter(up)
+    both = up if gate is None else torch.cat((up, gate))
+    mlp.inter_w = nn.Parameter(both, requires_grad=False)
     mlp.inter_b, mlp.output_b = _parameter(weights.up_bias), _parameter(weights.down_bias)
-    mlp.output_w = _parameter(weights.down)
+    mlp.output_w = nn.Parameter(down, requires_grad=False)
     mlp.attn_nw, mlp.attn_nb = _parameter(weights.norm_weight), _parameter(weights.norm_bias)
     return mlp
 
@@ -102,8 +103,9 @@ def _addmm_activation(case: Case, layers: list[MLPWeights]) -> LayerHalf:
         w = layers[i]
         s = r + a
         u = F.layer_norm(s, s.shape[-1:], w.norm_weight, w.norm_bias)
+        up, down, _ = w.plain
         assert w.up_bias is not None
-        return s + F.linear(addmm(w.up_bias, u, w.up.t(), use_gelu=gelu), w.down, w.down_bias)
+        return s + F.linear(addmm(w.up_bias, u, up.t(), use_gelu=gelu), down, w.down_bias)
 
     return half
 
@@ -124,10 +126,11 @@ def _transformers_modules(case: Case, w: MLPWeights) -> tuple[nn.LayerNorm, GPT2
     with torch.device("meta"):
         norm = nn.LayerNorm(case.hidden)
         mlp = GPT2MLP(case.intermediate, GPT2Config(n_embd=case.hidden)).eval()
+    up, down, _ = w.plain
     state = {
-        "c_fc.weight": w.up.t().contiguous(),
+        "c_fc.weight": up.t().contiguous(),
         "c_fc.bias": w.up_bias,
-        "c_proj.weight": w.down.t().contiguous(),
+        "c_proj.weight": down.t().contiguous(),
         "c_proj.bias": w.down_bias,
     }
     mlp.load_state_dict(state, assign=True)
@@ -144,8 +147,9 @@ def _liger(case: Case, layers: list[MLPWeights]) -> LayerHalf:
     def half(a: Tensor, r: Tensor, i: int) -> Tensor:
         w = layers[i]
         u, s = add_norm(a, r, w.norm_weight, 1e-5)
-        assert w.gate is not None
-        return s + F.linear(silu_mul(F.linear(u, w.gate), F.linear(u, w.up)), w.down)
+        up, down, gate = w.plain
+        assert gate is not None
+        return s + F.linear(silu_mul(F.linear(u, gate), F.linear(u, up)), down)
 
     return half
 
@@ -169,14 +173,16 @@ def _gemlite(case: Case, layers: list[MLPWeights]) -> LayerHalf:
         )
         return layer.pack(weight, None, None, bias)  # no scales, no zeros; shares the weight
 
-    linears = [
-        {
-            "up": linear(w.up, w.up_bias),
-            "gate": linear(w.gate, None),
-            "down": linear(w.down, w.down_bias),
-        }
-        for w in layers
-    ]
+    linears = []
+    for w in layers:
+        up, down, gate = w.plain
+        linears.append(
+            {
+                "up": linear(up, w.up_bias),
+                "gate": linear(gate, None),
+                "down": linear(down, w.down_bias),
+            }
+        )
     norms = [norm_function(case.norm, w.norm_weight, w.norm_bias, 1e-5) for w in layers]
     return lambda a, r, i: compose(
         a, r, None, None, norm=norms[i], activation=case.activation, pre_norm=True, **linears[i]

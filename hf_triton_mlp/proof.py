@@ -3,12 +3,14 @@
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.reading import has_own_forward, is_plain
 
@@ -61,14 +63,17 @@ def errors(
     patch: Callable[[nn.Module], TritonMLP],
     unpatch: Callable[[nn.Module], None],
     scales: Sequence[float] = SCALES,
+    quantized: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> list[tuple[float, float]]:
     """(error of `module` patched, torch's own), relative to the same in a wider dtype.
 
     module: a decoder layer, whose attention is left out, or (attention None) an MLP. like: a
     weight (…, H), whose dtype and device the probe has. scales: of what enters the layer, each
-    gives a pair of errors. A copy is run, without the attention's
-    weights: by its own class, patched, and in float32, or float64 where it is float32. On a GPU
-    the patched copy runs the kernels, elsewhere PyTorch on the tensors that they would read.
+    gives a pair of errors. quantized: what takes the places of some of its linear layers first.
+    A copy is run, without the attention's weights: by its own class, patched, and in float32, or
+    float64 where it is float32. On a GPU the patched copy runs the kernels, elsewhere PyTorch on
+    the tensors that they would read. Only patched it has quantized weights, else what they stand
+    for.
     """
     generator = torch.Generator().manual_seed(0)
     dtype, device = like.dtype, like.device
@@ -76,7 +81,7 @@ def errors(
     def random() -> Tensor:
         return torch.randn((1, 1, like.shape[-1]), generator=generator).to(device, dtype)
 
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(old): copy.deepcopy(new) for old, new in quantized.items()}
     parameters = list(inspect.signature(module.forward).parameters.values())
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if attention is None:
@@ -96,12 +101,22 @@ def errors(
                 outputs.append(output if isinstance(output, Tensor) else output[0])
         return torch.stack(outputs)
 
+    layers = dict(quantized_linears(twin))
+
+    def dequantize(dtype: torch.dtype) -> None:
+        for name, layer in layers.items():
+            twin.set_submodule(name, layer.dequantized(dtype))
+
+    dequantize(dtype)
     own = run(dtype)
+    for name, layer in layers.items():
+        twin.set_submodule(name, layer)
     patch(twin).proving = True
     # On a GPU the first call binds launches, which compute the second, as they do a decode step.
     found = torch.stack((run(dtype), run(dtype)))
     unpatch(twin)
     wide = torch.float64 if dtype is torch.float32 else torch.float32
+    dequantize(wide)
     twin.to(wide)
     exact = run(wide).double()
 

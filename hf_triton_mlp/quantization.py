@@ -6,7 +6,7 @@ rows; the last of a row may be shorter. What is quantized is divided by the scal
 so that a scale's own rounding costs no accuracy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -34,7 +34,11 @@ ROW_SCALE, GROUP_SCALE, GROUP_ZERO = torch.float32, torch.bfloat16, torch.float1
 
 #: Half-quadratic quantization's own constants: the exponent of its norm, the first weight of its
 #: quadratic term, by what that grows, and how often it repeats.
-HQQ_NORM, HQQ_BETA, HQQ_GROWTH, HQQ_STEPS = 0.7, 10.0, 1.01, 20
+HQQ_NORM, HQQ_BETA, HQQ_GROWTH, HQQ_STEPS = 0.7, 10.0, 1.01, 10
+
+#: The parts of a group's range that refinement tries: what lies beyond is clipped, and the rest
+#: finer.
+RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 #: Rows that are quantized at a time take about this much memory in float32.
 CHUNK_BYTES = 1 << 28
@@ -48,9 +52,10 @@ class QuantizationConfig:
     group_size: codes of a row that share a scale; None for the whole row, in int4 for 128. Int4 has
     32, 64 or 128, fp8 whole rows.
     symmetric: codes on both sides of 0; False, for int4, for a zero of each group.
-    refine: let half-quadratic quantization choose int4's scales, or zeros if there are any (Badri
-    and Shaji 2023, https://mobiusml.github.io/hqq_blog/): it needs no data, and makes most errors
-    smaller at the cost of the largest. False: round to nearest.
+    refine: choose int4's scale and zero of each group for the least squared error, without data:
+    of some parts of its range, as GPTQ's quantizer searches (Frantar et al. 2022, "mse"), and of
+    the zeros that half-quadratic quantization finds for each (Badri and Shaji 2023,
+    https://mobiusml.github.io/hqq_blog/). False: the whole range, rounded to nearest.
     Raises ValueError for anything else.
     """
 
@@ -196,18 +201,9 @@ def _symmetric(
         codes = _divide(groups, scales[:, :, None]).clamp_(-largest, largest)
         return codes if config.format == "fp8" else codes.round_()
 
-    def fit(codes: Tensor, target: Tensor) -> Tensor:
-        """Least squares."""
-        return _divide((codes * target).sum(-1), codes.square().sum(-1))
-
-    scales = _as_stored(groups.abs().amax(-1) / largest, stored)
-    if config.refine:
-        scales = _half_quadratic(
-            groups,
-            scales,
-            lambda s: codes_for(s) * s[:, :, None],
-            lambda s, target: _as_stored(fit(codes_for(s), target), stored),
-        )
+    widest = groups.abs().amax(-1) / largest
+    tried = [(_as_stored(part * widest, stored),) for part in _ranges(config)]
+    (scales,) = _best(groups, tried, lambda s: codes_for(s) * s[:, :, None])
     return codes_for(scales), scales.to(stored), None
 
 
@@ -220,53 +216,56 @@ def _asymmetric(
     """
     most = INT4_CODES - 1.0
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    scales = _as_stored((high - low) / most, stored)
 
-    def codes_for(zeros: Tensor) -> Tensor:
+    def codes_for(scales: Tensor, zeros: Tensor) -> Tensor:
         codes = _divide(groups, scales[:, :, None]) + zeros[:, :, None]
         return codes.round_().clamp_(0, most)
 
-    zeros = _as_stored(_divide(-low, scales), GROUP_ZERO)
-    if config.refine:
-        zeros = _half_quadratic(
-            groups,
-            zeros,
-            lambda z: (codes_for(z) - z[:, :, None]) * scales[:, :, None],
-            lambda z, target: _as_stored(
-                (codes_for(z) - _divide(target, scales[:, :, None])).mean(-1), GROUP_ZERO
-            ),
-        )
-    return codes_for(zeros), scales.to(stored), zeros.to(GROUP_ZERO)
+    def values(scales: Tensor, zeros: Tensor) -> Tensor:
+        return (codes_for(scales, zeros) - zeros[:, :, None]) * scales[:, :, None]
+
+    def tried() -> Iterator[tuple[Tensor, Tensor]]:
+        for part in _ranges(config):
+            scales = _as_stored(part * (high - low) / most, stored)
+            zeros = _as_stored(_divide(-part * low, scales), GROUP_ZERO)
+            yield scales, zeros
+            beta = HQQ_BETA
+            for _ in range(HQQ_STEPS if config.refine else 0):
+                # The errors are split in few large ones, which are taken as they are, and the
+                # rest, which the zeros are fitted to.
+                errors = groups - values(scales, zeros)
+                size = errors.abs()
+                shrunk = (size - size.clamp(min=1e-8).pow(HQQ_NORM - 1) / beta).clamp_(min=0)
+                target = groups - errors.sign() * shrunk
+                fitted = codes_for(scales, zeros) - _divide(target, scales[:, :, None])
+                zeros = _as_stored(fitted.mean(-1), GROUP_ZERO)
+                beta *= HQQ_GROWTH
+                yield scales, zeros
+
+    scales, zeros = _best(groups, tried(), values)
+    return codes_for(scales, zeros), scales.to(stored), zeros.to(GROUP_ZERO)
 
 
-def _half_quadratic(
+def _ranges(config: QuantizationConfig) -> tuple[float, ...]:
+    return RANGES if config.refine else RANGES[:1]
+
+
+def _best(
     groups: Tensor,
-    parameters: Tensor,
-    values: Callable[[Tensor], Tensor],
-    fit: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Parameters (out, groups) for which errors have a smaller norm of HQQ_NORM (Badri and Shaji).
-
-    values(parameters) are what groups become; fit(parameters, target) are those that bring their
-    codes closest to a target. In turn: the errors are split in few large ones, which are taken as
-    they are, and the rest, which the parameters are fitted to. Each group keeps its best.
-    """
-    beta = HQQ_BETA
-    best, least = parameters, None
-    for _ in range(HQQ_STEPS):
-        errors = groups - values(parameters)
-        size = errors.abs()
-        norm = size.pow(HQQ_NORM).sum(-1)
+    tried: Iterable[tuple[Tensor, ...]],
+    values: Callable[..., Tensor],
+) -> tuple[Tensor, ...]:
+    """For each group the parameters (out, groups) whose `values` have the least squared error."""
+    best: tuple[Tensor, ...] = ()
+    least = None
+    for parameters in tried:
+        error = (groups - values(*parameters)).square_().sum(-1)
         if least is None:
-            least = norm
-        else:
-            better = norm < least
-            if not better.any():
-                break
-            best, least = torch.where(better, parameters, best), torch.minimum(norm, least)
-        shrunk = (size - size.clamp(min=1e-8).pow(HQQ_NORM - 1) / beta).clamp_(min=0)
-        parameters = fit(parameters, groups - errors.sign() * shrunk)
-        beta *= HQQ_GROWTH
+            best, least = parameters, error
+            continue
+        better = error < least
+        least = torch.where(better, error, least)
+        best = tuple(torch.where(better, *pair) for pair in zip(parameters, best, strict=True))
     return best
 
 

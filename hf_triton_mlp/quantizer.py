@@ -1,173 +1,26 @@
 """Quantized MLPs in transformers: `from_pretrained(…, quantization_config=TritonMLPConfig(…))`."""
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_triton_mlp.patching import mlp_projections
-from hf_triton_mlp.quantization import (
-    CODES,
-    GROUP_SCALE,
-    GROUP_ZERO,
-    INT4_PER_WORD,
-    ROW_SCALE,
-    QuantizationConfig,
-    QuantizedWeight,
-    quantize,
-)
+from hf_triton_mlp.layers import mlp_projections
+from hf_triton_mlp.linear import QuantizedLinear, dequantize_linears, quantized_linears
+from hf_triton_mlp.ops import DTYPES
+from hf_triton_mlp.quantization import LARGEST, QuantizationConfig
 from hf_triton_mlp.reading import read_projection
 
 #: What config.json calls models that are quantized here.
 METHOD = "hf_triton_mlp"
-
-STORED = ("codes", "scales", "zeros")
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer whose weight (out, in) is quantized, in the place of an nn.Linear or Conv1D.
-
-    Buffers: `codes`, `scales`, `zeros`, as in QuantizedWeight; the bias is a parameter as it was.
-    It computes with the weight that they stand for, which is made for each call and gone after it.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        config: QuantizationConfig,
-        *,
-        device: torch.device | str | None = None,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.float32,
-        original: type[nn.Module] = nn.Linear,
-    ) -> None:
-        """dtype, original: the weight's, and the layer's class, that `dequantized` gives back."""
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.config, self.original, self.dtype = config, original, dtype
-        self.group_size = config.group_size or in_features
-        words = -(-in_features // INT4_PER_WORD) if config.format == "int4" else in_features
-        groups = out_features, -(-in_features // self.group_size)
-        scale = ROW_SCALE if config.group_size is None else GROUP_SCALE
-        shapes = {
-            "codes": ((out_features, words), CODES[config.format]),
-            "scales": (groups, scale),
-            "zeros": None if config.symmetric else (groups, GROUP_ZERO),
-        }
-        for name, wanted in shapes.items():
-            empty = None
-            if wanted is not None:
-                empty = torch.zeros(wanted[0], dtype=wanted[1], device=device)
-            self.register_buffer(name, empty)
-        self.bias = bias
-
-    @classmethod
-    def from_linear(
-        cls, linear: nn.Module, config: QuantizationConfig, weight: Tensor | None = None
-    ) -> "QuantizedLinear":
-        """A plain nn.Linear or Conv1D, with its bias, quantized; or its quantized place.
-
-        weight: what it has, or is going to have, in its layout. Without one, and with its own on
-        the meta device, nothing is quantized yet.
-        Raises ValueError for other layers and for weights that are not finite.
-        """
-        read = read_projection(linear)
-        if read is None:
-            raise ValueError(
-                f"a {type(linear).__name__} cannot be quantized; supported: plain Linear, Conv1D"
-            )
-        out_features, in_features = read[0].shape
-        values = read[0] if weight is None else weight.t() if type(linear) is Conv1D else weight
-        found = cls(
-            in_features,
-            out_features,
-            config,
-            device="meta",
-            bias=read[1],  # pyright: ignore[reportArgumentType]
-            dtype=read[0].dtype,
-            original=type(linear),
-        )
-        if not values.is_meta:
-            quantized = quantize(values, config)
-            for name in STORED:
-                setattr(found, name, getattr(quantized, name))
-        return found.train(linear.training)
-
-    @property
-    def quantized(self) -> QuantizedWeight:
-        """The weight as kernels read it."""
-        shape = self.out_features, self.in_features
-        return QuantizedWeight(self.codes, self.scales, self.zeros, shape, self.group_size)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight (out, in) that it stands for, made anew."""
-        return self.quantized.dequantize(self.dtype)
-
-    def dequantized(self, dtype: torch.dtype) -> nn.Module:
-        """The nn.Linear or Conv1D of this weight, in this dtype."""
-        weight = self.quantized.dequantize(dtype)
-        with torch.device("meta"):
-            if self.original is Conv1D:
-                linear, weight = Conv1D(*weight.shape), weight.t().contiguous()
-            else:
-                bias = self.bias is not None
-                linear = self.original(self.in_features, self.out_features, bias=bias)
-        linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.data.to(dtype), self.bias.requires_grad)
-        return linear.train(self.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """input · weightᵀ + bias; (…, in) to (…, out)."""
-        return F.linear(input, self.quantized.dequantize(input.dtype), self.bias)
-
-    def check(self, name: str) -> None:
-        """Raise ValueError where a file had not what this needs."""
-        expected = QuantizedLinear(self.in_features, self.out_features, self.config, device="meta")
-        for buffer in STORED:
-            found, wanted = getattr(self, buffer), getattr(expected, buffer)
-            if found is None or found.is_meta:  # or offloaded to a disk
-                continue
-            if not getattr(found, "_is_hf_initialized", False):
-                raise ValueError(f"{name}.{buffer} is missing in the checkpoint")
-            if found.dtype != wanted.dtype or found.shape != wanted.shape:
-                raise ValueError(
-                    f"{name}.{buffer} is {found.dtype} {tuple(found.shape)}, expected "
-                    f"{wanted.dtype} {tuple(wanted.shape)}"
-                )
-            if buffer != "codes" and not found.isfinite().all():
-                raise ValueError(f"{name}.{buffer} has values that are infinite or NaN")
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What moves to another device or memory moves; only the bias takes another dtype."""
-        kept = {name: getattr(self, name) for name in STORED}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            now = getattr(self, name)
-            if before is not None and now.dtype != before.dtype:
-                setattr(self, name, before.to(now.device))
-        return self
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, format={self.config.format}, "
-            f"group_size={self.group_size}"
-        )
 
 
 class TritonMLPConfig(QuantizationConfigMixin):
@@ -260,8 +113,7 @@ class TritonMLPQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if not isinstance(dtype, torch.dtype):  # a name, as some configs have it
             dtype = model.dtype if dtype is None else getattr(torch, dtype)
-        for name, module in list(quantized_linears(model)):
-            model.set_submodule(name, module.dequantized(dtype))
+        dequantize_linears(model, dtype)
         return model
 
     @property
@@ -279,6 +131,87 @@ class TritonMLPQuantizer(HfQuantizer):
 # As decorators they would hide the signatures from type checkers.
 register_quantization_config(METHOD)(TritonMLPConfig)
 register_quantizer(METHOD)(TritonMLPQuantizer)
+
+
+def quantization_of(quantization: str | QuantizationConfig) -> QuantizationConfig:
+    """A format with TritonMLPConfig's other values, or what is all known already."""
+    if isinstance(quantization, str):
+        return TritonMLPConfig(format=quantization).quantization
+    if not isinstance(quantization, QuantizationConfig):
+        raise TypeError(
+            f"quantization is a {type(quantization).__name__}; supported: {', '.join(LARGEST)} "
+            "and QuantizationConfig"
+        )
+    return quantization
+
+
+def check_quantizable(
+    model: nn.Module, projections: Iterable[str], config: QuantizationConfig
+) -> None:
+    """Raise ValueError for what would keep a model's layers of these names from being quantized.
+
+    Those that are, as the config says, are left alone.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not isinstance(quantizer, TritonMLPQuantizer):
+        method = quantizer.quantization_config.quant_method
+        raise ValueError(f"{type(model).__name__} is quantized already, by {method}")
+    for name, linear in quantized_linears(model):
+        if linear.config != config:
+            raise ValueError(
+                f"{name} is quantized already, {linear.config}; one model has one of these"
+            )
+    held: dict[int, list[nn.Module]] = defaultdict(list)
+    parents: Counter[nn.Module | None] = Counter()
+    for module in model.modules():
+        parents.update(module._modules.values())
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter and not parameter.is_meta:
+                held[parameter.data_ptr()].append(module)
+    for name in projections:
+        linear = model.get_submodule(name)
+        if isinstance(linear, QuantizedLinear):
+            continue
+        weight = getattr(linear, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            raise ValueError(
+                f"{name} has its weight on the meta device; from_pretrained(..., "
+                f'quantization_config=TritonMLPConfig(format="{config.format}")) quantizes weights '
+                "while it loads them"
+            )
+        read = read_projection(linear)
+        if read is None or not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
+            raise ValueError(
+                f"{name}, a {type(linear).__name__}, cannot be quantized; supported: plain Linear "
+                "and Conv1D without hooks, adapters, offloading and quantized weights"
+            )
+        if parents[linear] > 1 or len(held[weight.data_ptr()]) > 1:
+            raise ValueError(f"{name} has a weight that others share, so it cannot be quantized")
+        if weight.dtype not in (*DTYPES, torch.float64):
+            raise ValueError(f"{name} is {weight.dtype}, which is not quantized")
+        if not all(value.float().isfinite() for value in weight.detach().aminmax()):
+            raise ValueError(f"{name}.weight has values that are infinite or NaN")
+
+
+def record(model: nn.Module) -> None:
+    """Let a transformers model know what is quantized in it, which it saves; or that nothing is."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    owner: Any = model
+    quantizer = getattr(model, "hf_quantizer", None)
+    found = dict(quantized_linears(model))
+    if not found:
+        if isinstance(quantizer, TritonMLPQuantizer):
+            for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+                owner.__dict__.pop(name, None)
+            owner.config.__dict__.pop("quantization_config", None)
+        return
+    if quantizer is None:
+        config = TritonMLPConfig(**asdict(next(iter(found.values())).config))
+        owner.hf_quantizer = quantizer = TritonMLPQuantizer(config)
+        owner.config.quantization_config = config
+        owner.is_quantized, owner.quantization_method = True, METHOD
+    quantizer.quantization_config.modules = list(found)
 
 
 class QuantizeWeight(ConversionOps):
@@ -310,10 +243,3 @@ class QuantizeWeight(ConversionOps):
         model.set_submodule(name, found)
         missing_keys.discard(full_layer_name)
         return {}
-
-
-def quantized_linears(model: nn.Module) -> Iterable[tuple[str, QuantizedLinear]]:
-    """The quantized layers of a model, by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            yield name, module

@@ -3,17 +3,31 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from hf_triton_mlp.quantization import Weight
 
 #: What norms name the number that they add to the variance.
 EPSILONS = ("eps", "variance_epsilon")
 
 #: Subclasses of nn.Linear that compute what it does; by name, so that no family is imported.
 LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
+#: Our layer of a quantized weight; by name, since its operation is made of what is read here.
+QUANTIZED = "hf_triton_mlp.linear.QuantizedLinear"
+
+
+#: What is split: a weight, a bias or results.
+Both = TypeVar("Both", bound=Weight)
+
+
+def full_name(cls: type) -> str:
+    """The name of a class with its module's."""
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def has_own_forward(module: nn.Module) -> bool:
@@ -50,8 +64,7 @@ def is_from(function: Callable[..., Any], module: Any) -> bool:
 def is_original(module: nn.Module, path: str) -> bool:
     """Whether a module is of the class at this path, whose forward nobody has replaced."""
     cls = type(module)
-    same = f"{cls.__module__}.{cls.__qualname__}" == path
-    return same and is_from(cls.forward, sys.modules[cls.__module__])
+    return full_name(cls) == path and is_from(cls.forward, sys.modules[cls.__module__])
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
@@ -78,24 +91,39 @@ def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | 
     return weight, bias  # pyright: ignore[reportReturnType]
 
 
-def read_projection(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """(weight as (out, in), bias) of a plain nn.Linear or Conv1D; None if it must be called."""
+def read_projection(module: nn.Module) -> tuple[Weight, Tensor | None] | None:
+    """(weight as (out, in), bias) of a plain Linear, Conv1D or QuantizedLinear.
+
+    None if it must be called.
+    """
     cls = type(module)
-    known = cls in (nn.Linear, Conv1D) or f"{cls.__module__}.{cls.__qualname__}" in LINEARS
+    name = None if cls in (nn.Linear, Conv1D) else full_name(cls)
+    known = name is None or name == QUANTIZED or name in LINEARS
     if not known or not is_plain(module, cls):
         return None
+    if name == QUANTIZED:
+        return module.quantized, module.bias  # pyright: ignore[reportReturnType]
     read = read_parameters(module)
     if read is None or read[0] is None:
         return None
     return read[0].t() if cls is Conv1D else read[0], read[1]
 
 
-def split_packed(packed: str, both: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+def read_place(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
+    """What a projection, also a wrapped one, computes in, and where; None if that is unknown."""
+    if full_name(type(module)) == QUANTIZED:
+        return module.dtype, module.codes.device  # pyright: ignore[reportReturnType]
+    weight = getattr(module, "weight", None)
+    return (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
+
+
+def split_packed(packed: str, both: Both, dim: int = 0) -> tuple[Both, Both]:
     """The up and the gate half, views, of what a projection has of both: rows or results.
 
     packed: which comes first, "gate_up" or "up_gate".
     """
-    first, second = both.chunk(2, dim)
+    halves: Any = both.chunk(2, dim)
+    first, second = halves
     return (second, first) if packed == "gate_up" else (first, second)
 
 
@@ -144,7 +172,7 @@ def store_by_input(module: nn.Module, names: list[str]) -> None:
     """Undo `store_by_output`, for those that are still there."""
     modules = dict(module.named_modules())
     for name in names:
-        weight = getattr(modules.get(name), "weight", None)
+        weight = getattr(modules.get(name), "_parameters", {}).get("weight")
         if isinstance(weight, Tensor) and not weight.is_contiguous():
             with torch.inference_mode(False):
                 weight.data = weight.data.contiguous()

@@ -18,6 +18,7 @@ from transformers.activations import (
 )
 
 from hf_triton_mlp.mlp import FusedLayer, Projections
+from hf_triton_mlp.reading import full_name
 
 #: The activation that a module computes, by its exact class. Patch modules add their own.
 ACTIVATION_CLASSES: dict[type[nn.Module], str] = {
@@ -38,11 +39,6 @@ def activation_name(activation: Any, own: Iterable[tuple[str, str]] = ()) -> str
     if cls is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
     return ACTIVATION_CLASSES.get(cls) or dict(own).get(full_name(cls))
-
-
-def full_name(cls: type) -> str:
-    """A class as MLPSpec names it."""
-    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def short(name: str) -> str:
@@ -112,11 +108,20 @@ class MLPSpec:
     branch_norms: tuple[str, str] | None = None
     refuse: Callable[[Any], str | None] = _supported
 
+    def owner(self, layer: nn.Module) -> nn.Module:
+        """The module that the paths of projections are relative to."""
+        return layer if self.mlp is None else layer.get_submodule(self.mlp)
+
     def projections(self, layer: nn.Module) -> Projections:
         """The up, gate and down projection of a layer, patched or not."""
-        owner = layer if self.mlp is None else layer.get_submodule(self.mlp)
+        owner = self.owner(layer)
         gate = None if self.gate is None else owner.get_submodule(self.gate)
         return owner.get_submodule(self.up), gate, owner.get_submodule(self.down)
+
+    @property
+    def paths(self) -> list[str]:
+        """Of up, gate if there is one, and down."""
+        return [path for path in (self.up, self.gate, self.down) if path is not None]
 
     def norm_name(self, layer: nn.Module) -> str | None:
         """The norm in front of the MLP that a fused layer leaves to its TritonMLP."""

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp import patching
+from hf_triton_mlp import layers, patching
 from hf_triton_mlp.specs import activation_name
 
 #: What a model type may be, the most first; "unknown" is one that could not be built.
@@ -150,9 +150,9 @@ def _text(model_type: str) -> PretrainedConfig:
 
 def classify(model: nn.Module) -> tuple[str, str]:
     """One of KINDS, and the classes that say so."""
-    found = list(patching._decoder_layers(model, search=True))
-    experts = [name for _, layer, spec in found if (name := patching._experts(layer, spec))]
-    dense = [row for row in found if patching._experts(*row[1:]) is None]
+    found = list(layers.decoder_layers(model, search=True))
+    experts = [name for _, layer, spec in found if (name := layers.experts_of(layer, spec))]
+    dense = [row for row in found if layers.experts_of(*row[1:]) is None]
     if not dense:
         return ("mixture of experts", _names(experts)) if experts else explain(model)
     for name, layer, spec in dense:
@@ -166,7 +166,7 @@ def classify(model: nn.Module) -> tuple[str, str]:
         kinds = f"{len(dense)} of {len(found)}, {names}; not {_names(experts)}"
         return "dense MLPs only", kinds
     specs = [spec for _, _, spec in dense]
-    if all(patching._by_structure(spec) for spec in specs):
+    if all(layers.by_structure(spec) for spec in specs):
         return "by structure", names
     return ("fused layer" if any(spec.fused_layer for spec in specs) else "MLP"), names
 

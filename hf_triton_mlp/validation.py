@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_triton_mlp.linear import dequantize_linears, quantized_linears
 from hf_triton_mlp.mlp import TritonMLP
 
 #: Genesis 1:1-13 in the King James Version (public domain): enough text for a perplexity.
@@ -136,11 +137,11 @@ def validate(
     text: token ids (tokens,) for perplexity. Padded positions do not count.
 
     The reference is the original in float32, or in float64 when the dtype is float32 (whose own
-    error would otherwise be nothing). It passes when, in every case, maximum and RMS error of
-    the logits and RMS error of each hidden state (relative to its size at each position) are at
-    most ERROR_RATIO times torch's own, or within one rounding, the perplexities agree within
-    PERPLEXITY_TOLERANCE and, in float32, all greedy tokens are equal; in half precision a
-    different token is reported with the original's logit margin there.
+    error would otherwise be nothing); both are of what quantized weights stand for. It passes when,
+    in every case, maximum and RMS error of the logits and RMS error of each hidden state (relative
+    to its size at each position) are at most ERROR_RATIO times torch's own, or within one rounding,
+    the perplexities agree within PERPLEXITY_TOLERANCE and, in float32, all greedy tokens are equal;
+    in half precision a different token is reported with the original's logit margin there.
     Raises ValueError when both models are one object, when the original is a patched model, and
     when the inputs hold no prompts that leave room for the new tokens.
     """
@@ -166,9 +167,14 @@ def _validate(
 ) -> ValidationReport:
     dtype = original.dtype
     wide = torch.float64 if dtype == torch.float32 else torch.float32
-    reference = copy.deepcopy(original).to(wide)
+    reference = copy.deepcopy(original)
+    dequantize_linears(reference, wide)
+    reference = reference.to(wide)
     expected = {name: _reference_outputs(reference, case) for name, case in cases.items()}
     del reference
+    if next(quantized_linears(original), None) is not None:  # on a GPU kernels would read it
+        original = copy.deepcopy(original)
+        dequantize_linears(original, dtype)
 
     failures: list[str] = []
     reports = []

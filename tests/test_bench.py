@@ -163,7 +163,7 @@ def test_tables() -> None:
     ):
         assert " ".join(expected.split()) in " ".join(text.split()), text
     assert "…" not in text
-    assert bench.failures(RECORD)[0] == "failed: x, gpt2, float16, M=1: no"
+    assert bench.failures(RECORD)[0] == "failed: x, gpt2 float16 M=1: no"
 
 
 def test_readme_shows_the_committed_record() -> None:

@@ -29,7 +29,8 @@ def measured(
 ) -> dict[str, Any]:
     """The one cell of a tiny GPT-2, with these contenders."""
     monkeypatch.setattr(bench_generate, "WAYS", ways)
-    place = {"model": "tiny", "dtype": "float32", "batch": 2, "prompt": 5, "new_tokens": 9, **place}
+    (usual,) = bench_generate.cells(["tiny"], ["float32"], [2], [5], [9])
+    place = {**usual, **place}
     dtype = getattr(torch, place["dtype"])
     where = torch.device(device)
     record = bench_generate.bench_generate(
@@ -146,6 +147,28 @@ def test_what_fails_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.search(r"tokens/s .* failed", console.export_text())
 
 
+def test_quantized_contenders(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    options = ("--prompt", 4, "--new-tokens", 6, "--rounds", 2, "--device", "cpu")
+    formats = ("--quantization", "int8", "--quantization", "int4")
+    result = run(model, *options, *formats, "--json", tmp_path / "record.json")
+    assert result.exit_code == 0, result.output
+    record = bench.read(tmp_path / "record.json")
+    (cell,) = record["cells"]
+    names = [EAGER, OURS_EAGER, OURS, f"{OURS} int8", f"{OURS} int4"]
+    assert list(cell["contenders"]) == names and record["quantization"] == "int8, int4"
+    assert cell["best_other"] in (EAGER, OURS_EAGER)
+    whole = cell["bytes_per_step"]
+    for name in names[3:]:
+        found = cell["contenders"][name]
+        assert "failed" not in found and "captured" in found["graphs"]
+        assert found["bytes_per_step"]["weights"] < whole["weights"]
+        assert found["bytes_per_step"]["keys_and_values"] == whole["keys_and_values"]
+    assert f"| {names[3]} | {names[4]} |" in bench_generate.markdown(record, "float32")
+    again = run(model, *options, "--json", tmp_path / "record.json")
+    assert again.exit_code == 2 and "quantization int8, int4 there" in again.output
+
+
 def test_where_texts_part(monkeypatch: pytest.MonkeyPatch) -> None:
     other = Way(options={"repetition_penalty": 50.0})
     cell = measured(monkeypatch, {EAGER: WAYS[EAGER], "other": other, OURS: WAYS[OURS]}, prompt=9)
@@ -184,6 +207,20 @@ def test_no_memory_for_a_wider_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         parting = judge.parting(tokens, 3, 3)
     assert parting["margin"] == 0 and parting["error"] < 0.1
+
+
+def test_sampled_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every contender has the same random numbers."""
+    monkeypatch.setattr(decoding, "ON_CPU", True)
+    ways = {name: WAYS[name] for name in (EAGER, OURS)}
+    cells = [measured(monkeypatch, ways, sampled=sampled) for sampled in (False, True)]
+    assert [cell["contenders"][OURS]["equal_tokens"] for cell in cells] == [[9, 9]] * 2
+    assert "sampled" in bench_generate._title(cells[1])
+    cell = cells[1]
+    expected = [[3, 5], [4, 6]], [[3, 5], [4, 7]]
+    different = bench_generate._compare(None, torch.zeros((2, 1), dtype=torch.int64), *expected)
+    assert different == {"equal_tokens": [2, 1], "differences": [{"text": 1, "position": 1}]}
+    assert bench_generate._partings(cell, different["differences"]) == "1 of 2"
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

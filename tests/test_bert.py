@@ -17,7 +17,8 @@ from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert
 
 from hf_triton_mlp import patch_model, patch_report
-from hf_triton_mlp.patching import MLPSpec, specs
+from hf_triton_mlp.patching import MLPSpec
+from hf_triton_mlp.specs import specs
 
 SPECS = [
     spec for spec in specs() if spec.fused_layer and issubclass(spec.fused_layer, FusedBertLayer)

@@ -125,11 +125,12 @@ def test_unpatching_frees_captures(enabled: bool, device: str, reasons: list[str
     assert levels[1] == levels[2] and reasons == []
 
 
-def test_a_deleted_model_frees_captures(device: str) -> None:
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_deleted_model_frees_captures(sample: bool, device: str) -> None:
     levels = []
     for _ in range(3):
         model = patch_model(text_model(device=device), cuda_graphs=True)
-        generate(model, tiny.batch(device), ours=False)
+        generate(model, tiny.batch(device), ours=False, do_sample=sample)
         step = weakref.ref(steps_of(model)[0])
         del model
         levels.append(memory(device))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from hf_triton_mlp import cli
 from hf_triton_mlp.cli import app
-from hf_triton_mlp.patching import specs
+from hf_triton_mlp.specs import specs
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
@@ -93,6 +93,8 @@ def test_info() -> None:
         (("tune", "--case", "gpt3"), "unknown case 'gpt3'; there are gpt2,"),
         (("tune", "--case", "gpt2", "--kernel", "magic"), "unknown kernel 'magic'"),
         (("bench", "mlp", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("bench", "generate", "gpt2", "--quantization", "int3"), "unknown quantization 'int3'"),
+        (("validate", CHECKPOINTS / "gpt2", "--quantization", "int3"), "format is 'int3'"),
     ],
 )
 def test_errors_take_one_line(arguments: tuple[object, ...], text: str) -> None:
@@ -146,6 +148,7 @@ def test_quantize(options: tuple[str, ...], tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "perplexity" in result.output and "nats a token" in result.output
+    assert "MB" in result.output and "ms a token" in result.output
     found = json.loads(report.read_text())
     ratio = found["perplexity_quantized"] / found["perplexity_original"]
     limit = {"int8": 1.01, "int4": 1.1}[options[1]]
@@ -154,8 +157,23 @@ def test_quantize(options: tuple[str, ...], tmp_path: Path) -> None:
     assert len(errors) == 9 and "model.layers.0.mlp.up_proj" not in errors
     assert all(0 < error < limit for error in errors.values())
     assert found["bytes_quantized"] < 0.75 * found["bytes_original"]
+    assert found["ms_per_token_original"] > 0 and found["ms_per_token_quantized"] > 0
     # What is saved is a model like any, and validates as such.
     again = run("validate", place, *text, "--dtype", "float32")
     assert again.exit_code == 0, again.output
     refused = run("quantize", CHECKPOINTS / "llama", place)
     assert refused.exit_code == 2 and "is not empty" in refused.output
+
+
+def test_validate_a_quantization(tmp_path: Path) -> None:
+    result = run(
+        "validate", CHECKPOINTS / "gpt2", "--quantization", "int4", "--dtype", "float32",
+        "--text", CHECKPOINTS / "heldout.txt", "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for text in ("validated", "int4, float32", "nats a token", "ms a token", "h.0.mlp.c_fc"):
+        assert text in result.output
+    (report,) = json.loads((tmp_path / "out.json").read_text())
+    cost = report["quality"]
+    assert report["perplexity_original"] > 1.01 * cost["perplexity_original"]
+    assert cost["perplexity_quantized"] == pytest.approx(report["perplexity_patched"])

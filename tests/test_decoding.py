@@ -18,12 +18,21 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
+    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
 
-from hf_triton_mlp import decoding, graph_decode, patch_model, patch_report, patched, unpatch_model
+from hf_triton_mlp import (
+    choosing,
+    decoding,
+    graph_decode,
+    patch_model,
+    patch_report,
+    patched,
+    unpatch_model,
+)
 from hf_triton_mlp.capture import CACHE, CAPTURES, CannotCapture, Step, captures_of
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -172,6 +181,93 @@ def test_greedy_options(options: dict[str, Any], device: str, reasons: list[str]
     assert_same(text_model(device=device), tiny.batch(device), reasons, **options)
 
 
+IGNORING = RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=3)
+
+#: Options, and whether each of the two choices that they need, one after the other, is captured.
+CHOICES = [
+    ({"temperature": 0.7, "top_k": 20, "top_p": 0.9}, [True]),
+    ({"do_sample": False, "repetition_penalty": 1.7}, [True]),
+    ({"min_p": 0.1, "epsilon_cutoff": 1e-3, "renormalize_logits": True}, [True]),
+    ({"typical_p": 0.9, "remove_invalid_values": True}, [True]),
+    ({"suppress_tokens": [3, 4], "begin_suppress_tokens": [5], "min_length": 1}, [True]),
+    ({"min_new_tokens": 9, "eos_token_id": list(range(2, 90))}, [True, True]),
+    ({"exponential_decay_length_penalty": (5, 1.2), "eos_token_id": [2]}, [True]),
+    ({"forced_eos_token_id": 2, "temperature": 1.2}, [True]),
+    ({"logits_processor": LogitsProcessorList([IGNORING])}, [True]),
+    ({"no_repeat_ngram_size": 2}, []),
+    ({"eta_cutoff": 1e-3}, []),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "captured"),
+    CHOICES,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_choices_are_captured(
+    options: dict[str, Any], captured: list[bool], device: str, reasons: list[str]
+) -> None:
+    """Once for numbers that are the same, and with the tokens of transformers' own processors."""
+    model, inputs = text_model(device=device), tiny.batch(device)
+    for _ in range(2):
+        assert_same(model, inputs, reasons, **{"do_sample": True, **options})
+    (step,) = captures_of(model)._steps.values()
+    found = list(step.choices.values())
+    assert [choice is not None for choice in found] == captured
+    assert all((choice.graph is not None) == (device == "cuda") for choice in found)
+
+
+def test_other_numbers_are_captured_anew(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    for tenths in range(1, choosing.CHOICES + 4):
+        assert_same(model, inputs, reasons, do_sample=True, temperature=tenths / 10)
+    (step,) = captures_of(model)._steps.values()
+    assert len(step.choices) == choosing.CHOICES
+
+
+def test_scores_of_captured_choices(device: str, reasons: list[str]) -> None:
+    model, inputs = text_model(device=device), tiny.batch(device)
+    options = {"output_scores": True, **LOGITS, "do_sample": True, "top_k": 9, "eos_token_id": 5}
+    theirs = generate(model, inputs, ours=False, **options)
+    found = generate(model, inputs, ours=True, **options)
+    assert torch.equal(found.sequences, theirs.sequences) and reasons == []
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(found[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_choice_that_cannot_be_captured(
+    device: str, monkeypatch: pytest.MonkeyPatch, reasons: list[str]
+) -> None:
+    """The steps are, and it is tried once."""
+
+    tried = []
+
+    def fails(*args: Any) -> None:
+        tried.append(None)
+        raise ValueError("no")
+
+    model, inputs, options = text_model(device=device), tiny.batch(device), {"do_sample": True}
+    theirs = generate(model, inputs, ours=False, **options)
+    monkeypatch.setattr(choosing.Choice, "__init__", fails)
+    for _ in range(2):
+        assert torch.equal(generate(model, inputs, ours=True, **options), theirs)
+    (step,) = captures_of(model)._steps.values()
+    assert list(step.choices.values()) == [None] and tried == [None] and reasons == []
+
+
+def test_random_numbers_go_on(device: str, reasons: list[str]) -> None:
+    """Calls one after the other draw what transformers' would, whatever was captured between."""
+    model, inputs = text_model(device=device), tiny.batch(device)
+    texts = []
+    for ours in ({}, {"custom_generate": graph_decode}):
+        torch.manual_seed(3)
+        options = {"max_new_tokens": 9, "do_sample": True, "eos_token_id": [2, 5, 17], **ours}
+        texts.append(
+            [model.generate(**inputs, **options, temperature=t) for t in (0.5, 0.9, 0.5, 1.5)]
+        )
+    assert all(map(torch.equal, *texts)) and reasons == []
+
+
 def test_scores_logits_and_the_cache(device: str, reasons: list[str]) -> None:
     model, inputs = text_model(device=device), tiny.batch(device)
     for ends in (None, list(range(2, 60))):
@@ -215,7 +311,8 @@ def test_a_cache_that_grows(
     model = text_model(device=device)
     assert_same(model, tiny.batch(device), reasons, max_new_tokens=50)
     assert [shape.capacity for shape in captures_of(model)._steps] == [32, 64]
-    assert_same(model, tiny.batch(device), reasons, max_new_tokens=50, do_sample=True)
+    options = {"max_new_tokens": 50, "do_sample": True, "repetition_penalty": 1.5}
+    assert_same(model, tiny.batch(device), reasons, **options)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt", "llama"])

@@ -23,7 +23,8 @@ from transformers.models.llama import modeling_llama
 
 from hf_triton_mlp import patch_model
 from hf_triton_mlp.mlp import FusedLayer
-from hf_triton_mlp.patching import MLPSpec, specs
+from hf_triton_mlp.patching import MLPSpec
+from hf_triton_mlp.specs import specs
 
 LLAMA_SHAPED = [spec for spec in specs() if spec.gate == "gate_proj"]
 LLAMA = next(spec for spec in LLAMA_SHAPED if spec.family == "llama")

@@ -25,7 +25,8 @@ def test_import_creates_no_cuda_context_and_needs_no_patches() -> None:
 def test_families_that_are_not_loaded_stay_so() -> None:
     result = run(
         "import sys\n"
-        "from hf_triton_mlp.patching import patch_report, specs\n"
+        "from hf_triton_mlp.patching import patch_report\n"
+        "from hf_triton_mlp.specs import specs\n"
         "from torch.nn import Linear\n"
         "assert specs() and not patch_report(Linear(2, 2)).rows\n"
         "models = [name for name in sys.modules if name.startswith('transformers.models.')]\n"

@@ -19,8 +19,9 @@ from transformers.models.phi3 import modeling_phi3
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report
 from hf_triton_mlp.mlp import FusedLayer
-from hf_triton_mlp.patching import MLPSpec, specs
+from hf_triton_mlp.patching import MLPSpec
 from hf_triton_mlp.reading import split_packed
+from hf_triton_mlp.specs import specs
 
 PACKED = [spec for spec in specs() if spec.packed is not None]
 

@@ -18,10 +18,10 @@ from transformers.models.opt.modeling_opt import OPTDecoderLayer
 
 from hf_triton_mlp import (
     TritonMLP,
+    layers,
     patch_model,
     patch_report,
     patched,
-    patching,
     unpatch_model,
 )
 from hf_triton_mlp.mlp import FusedLayer
@@ -422,7 +422,7 @@ def test_a_family_without_a_fused_layer_has_its_mlps_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     llama = next(spec for spec in specs() if spec.family == "llama")
-    monkeypatch.setattr(patching, "specs", lambda: (replace(llama, fused_layer=None),))
+    monkeypatch.setattr(layers, "specs", lambda: (replace(llama, fused_layer=None),))
     model = tiny.build("llama")
     before, expected = tree(model), logits(model)
     for depth in ("layer", "mlp"):

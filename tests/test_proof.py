@@ -26,8 +26,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
 )
 
-from hf_triton_mlp import patch_model, patch_report, patching, proof
-from hf_triton_mlp.patching import MLPSpec, full_name, specs
+from hf_triton_mlp import layers, patch_model, patch_report, patching, proof
+from hf_triton_mlp.patching import MLPSpec, full_name
+from hf_triton_mlp.specs import specs
 
 LLAMA = next(spec for spec in specs() if spec.family == "llama")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -87,7 +88,7 @@ def register(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
     found = (*specs(), replace(LLAMA, family="look-alike", **names))
     if "layer_class" not in names:
         found = tuple(spec for spec in found if spec is not LLAMA)
-    monkeypatch.setattr(patching, "specs", lambda: found)
+    monkeypatch.setattr(layers, "specs", lambda: found)
 
 
 def assert_refused(model: nn.Module, text: str, **arguments: Any) -> None:
@@ -166,7 +167,7 @@ def test_families_that_look_like_llama(
     """Residual multipliers, a norm before the down projection, a norm's weight offset by 1."""
     model = build().to(device, dtype)
     layer = model.model.layers[0]
-    monkeypatch.setattr(patching, "specs", lambda: (spec_of(layer),))
+    monkeypatch.setattr(layers, "specs", lambda: (spec_of(layer),))
     assert_refused(model, type(layer).__name__)
 
 
@@ -184,7 +185,7 @@ def test_dropout_acts_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seed-OSS's MLP is Llama's but for dropout, which its own forward does while training."""
     model = SEED_OSS()
     layer = model.model.layers[0]
-    monkeypatch.setattr(patching, "specs", lambda: (spec_of(layer),))
+    monkeypatch.setattr(layers, "specs", lambda: (spec_of(layer),))
     inputs = tiny.batch()
     twin = patch_model(copy.deepcopy(model))
     assert {row.verified for row in patch_report(twin).rows} == {"yes"}
@@ -234,7 +235,7 @@ def test_a_probe_leaves_no_trace(family: str) -> None:
     model = tiny.build(family).train()
     before, values = tree(model), copy.deepcopy(model.state_dict())
     state = torch.get_rng_state()
-    name, layer, spec = patching._supported_layers(model)[0]
+    name, layer, spec = layers.supported_layers(model)[0]
     assert patching._prove(patching._check_layer(spec, name, layer, "layer"))
     assert tree(model) == before
     assert torch.equal(torch.get_rng_state(), state)

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import TritonMLPConfig, patch_model, patch_report, unpatch_model
+from hf_triton_mlp.linear import QuantizedLinear, quantized_linears
 from hf_triton_mlp.quantization import QuantizationConfig, quantize
-from hf_triton_mlp.quantizer import METHOD, QuantizedLinear, quantized_linears
+from hf_triton_mlp.quantizer import METHOD
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8},
@@ -133,7 +134,9 @@ def test_some_layers() -> None:
     names = [name for name, _ in quantized_linears(model)]
     assert names == ["transformer.h.2.mlp.c_fc", "transformer.h.2.mlp.c_proj"]
     patch_model(model)
-    assert "called" in str(patch_report(model))
+    rows = patch_report(model).rows
+    assert [row.weights for row in rows] == ["", "", "int8, 0.52 -> 0.13 MB", ""]
+    assert {row.reason for row in rows} == {""}
     with pytest.raises(ValueError, match="include names 7, which matches no layer"):
         load("gpt2", bits=8, include=[7])
 

@@ -27,9 +27,9 @@ from hf_triton_mlp import (
     MLPConfig,
     MLPGemmOp,
     TritonMLP,
+    layers,
     patch_model,
     patch_report,
-    patching,
     unpatch_model,
 )
 from hf_triton_mlp.mlp import FusedLayer
@@ -370,7 +370,7 @@ def look_alike(family: str, half: Half, monkeypatch: pytest.MonkeyPatch) -> Any:
     other = type("LookAlike", (cls,), {"forward": forward, "__module__": __name__})
     for layer in model.model.layers:
         layer.__class__ = other
-    monkeypatch.setattr(patching, "specs", lambda: (replace(spec, layer_class=full_name(other)),))
+    monkeypatch.setattr(layers, "specs", lambda: (replace(spec, layer_class=full_name(other)),))
     return model
 
 
@@ -431,7 +431,7 @@ def test_a_norm_with_another_offset(
             norm = layer.get_submodule(name)
             norm.__class__, norm.other = other, i == place
     changed = replace(spec, norm_class=full_name(other))
-    monkeypatch.setattr(patching, "specs", lambda: (changed,))
+    monkeypatch.setattr(layers, "specs", lambda: (changed,))
     assert_refused(model.to(device, dtype))
 
 
