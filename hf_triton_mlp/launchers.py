@@ -463,11 +463,8 @@ def linear_launch(
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
     if isinstance(weight, QuantizedWeight):
-        if plan.kernel == "tiled":
-            return quantized_tiled_launch(plan, x, weight, bias, gate, activation, summands, out)
-        return quantized_launch(
-            plan, x, weight, bias, gate, activation, norm, summands, out, waited
-        )
+        rest = (bias, gate, activation, summands, out, waited)
+        return quantized_launch(plan, x, weight, *rest)
     assert not isinstance(gate_weight, QuantizedWeight)
     blocks = -(-N // plan.block_n)
     scalars = (
@@ -593,87 +590,15 @@ def quantized_launch(
     bias: Tensor | None,
     gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
-    norm: Norm | None,
     summands: Summands,
     out: Tensor,
     waited: bool,
 ) -> Launch:
-    """`linear_launch` of quantized weights, with a plan for these."""
+    """`linear_launch` of quantized weights."""
     (M, K), (N, _) = x.shape, weight.shape
-    gate_weight, gate_bias = gate
-    codes, scales, zeros = stored(weight)
-    gate_codes, gate_scales, gate_zeros = stored(gate_weight)
-    add, add2, add_bias = summands
-    kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
-    tensors = (
-        x, add, add2, carry, out,
-        codes, scales, zeros, bias, gate_codes, gate_scales, gate_zeros, gate_bias,
-        norm_weight, norm_bias, add_bias,
-    )  # fmt: skip
-    scalars = (
-        M,
-        N,
-        K,
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        0 if add2 is None else add2.stride(0),
-        codes.stride(0),
-        0 if gate_codes is None else gate_codes.stride(0),
-        *scales.stride(),
-        eps,
-    )
-    span = 128 if weight.format == "int4" else 64
-    depth = plan.block_k // plan.num_warps
-    blocks = -(-N // plan.block_n)
-    programs = min(plan.programs // plan.splits or blocks, blocks)
-    steps = plan.splits * plan.block_k
-    if scales.shape[1] == 1 and zeros is None:
-        use = "result"
-    else:
-        use = "sums" if weight.group_size % depth == 0 else "weights"
-    constants = (
-        kind,
-        carry_normed,
-        activation,
-        weight.format,
-        weight.group_size,
-        use,
-        span,
-        plan.block_m,
-        plan.block_n,
-        plan.block_k,
-        plan.num_warps,
-        plan.num_stages,
-        plan.splits,
-        -(-K // steps),
-        # Tiles that are whole for every part of K.
-        K // plan.block_k if plan.splits == 1 else K // steps if K % steps == 0 else 0,
-        N % (programs * plan.block_n) == 0,
-        -(-blocks // programs),
-        triton.next_power_of_2(-(-K // programs)),
-        plan.pdl,
-        waited and plan.lines == 0,
-    )
-    grid = (programs * plan.splits, 1, 1)
-    return Launch(
-        quantized_linear_kernel, grid, tensors, scalars, constants, plan.num_warps, 1, plan.pdl
-    )
-
-
-def quantized_tiled_launch(
-    plan: Plan,
-    x: Tensor,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    gate: tuple[Weight | None, Tensor | None],
-    activation: str | None,
-    summands: Summands,
-    out: Tensor,
-) -> Launch:
-    """`linear_launch` of quantized weights, of any format, with a plan for "tiled"."""
-    (M, K), (N, _) = x.shape, weight.shape
-    codes, scales, zeros = stored(weight)
-    gate_codes, gate_scales, gate_zeros = stored(gate[0])
+    in_words = plan.kernel == "quantized"
+    codes, scales, zeros = stored(weight, in_words=in_words)
+    gate_codes, gate_scales, gate_zeros = stored(gate[0], in_words=in_words)
     add, add2, add_bias = summands
     tensors = (
         x, add, add2, out, codes, scales, zeros, bias,
@@ -690,20 +615,37 @@ def quantized_tiled_launch(
         0 if gate_codes is None else gate_codes.stride(0),
         *scales.stride(),
     )
+    tile = plan.block_m, plan.block_n, plan.block_k
+    blocks = -(-N // plan.block_n)
+    if plan.kernel == "tiled":
+        units = scale_units(weight, plan.block_k)
+        constants = (
+            activation, weight.format, *units, *tile, plan.group_m, plan.splits, plan.pdl
+        )  # fmt: skip
+        grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
+        options = plan.num_warps, plan.num_stages, plan.pdl
+        return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
+    if scales.shape[1] == 1 and zeros is None:
+        use = "result"
+    else:
+        use = "sums" if weight.group_size % (plan.block_k // plan.num_warps) == 0 else "weights"
     constants = (
         activation,
         weight.format,
-        *scale_units(weight, plan.block_k),
-        plan.block_m,
-        plan.block_n,
-        plan.block_k,
-        plan.group_m,
+        weight.group_size,
+        use,
+        128 if weight.format == "int4" else 64,
+        *tile,
+        plan.num_warps,
+        plan.num_stages,
         plan.splits,
+        N % plan.block_n == 0,
         plan.pdl,
+        waited and plan.lines == 0,
     )
-    grid = (-(-M // plan.block_m) * -(-N // plan.block_n) * plan.splits, 1, 1)
-    options = plan.num_warps, plan.num_stages, plan.pdl
-    return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
+    options = plan.num_warps, 1, plan.pdl
+    grid = (blocks * plan.splits, 1, 1)
+    return Launch(quantized_linear_kernel, grid, tensors, scalars, constants, *options)
 
 
 def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
@@ -723,12 +665,12 @@ def scale_units(weight: QuantizedWeight, depth: int) -> tuple[int | None, int]:
     return (None, depth) if weight.scales.shape[1] == 1 else (size, min(size & -size, depth))
 
 
-def stored(weight: Weight | None) -> tuple[Any, Any, Any]:
-    """Codes (bytes or words), scales and zeros as kernels take them."""
+def stored(weight: Weight | None, *, in_words: bool = False) -> tuple[Any, Any, Any]:
+    """Codes (int4 in words, others in bytes, or in words too), scales and zeros."""
     if not isinstance(weight, QuantizedWeight):
         return None, None, None
-    codes = weight.codes if weight.format == "int4" else weight.codes.view(torch.int8)
-    return codes, weight.scales, weight.zeros
+    words = in_words or weight.format == "int4"
+    return weight.codes.view(torch.int32 if words else torch.int8), weight.scales, weight.zeros
 
 
 def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:
