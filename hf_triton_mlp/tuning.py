@@ -262,7 +262,7 @@ def _choose_decode(linear: Linear, pdl: bool) -> Plan:
 
 
 def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
-    """Codes through registers, 16 outputs and whole rows for one row, more and K split for more."""
+    """Codes through registers, and K split until the multiprocessors are busy."""
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
         return Plan(kernel="library", pdl=pdl)
@@ -273,15 +273,19 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         or linear.group % depth
     ):
         return choose_quantized_tiled(linear, pdl)
-    block_n = 16
+    # Of 8 warps, in registers: two programs are to fit a multiprocessor.
+    if linear.gated or (linear.zeros and linear.group < 128):
+        stages = 2
+    else:
+        stages = 4 if linear.M <= 4 and not linear.zeros else 3
     return Plan(
         kernel="quantized",
         block_m=1 << (linear.M - 1).bit_length(),
-        block_n=block_n,
+        block_n=16,
         block_k=8 * QUANTIZED_DEPTH,
         num_warps=8,
-        num_stages=2 if linear.gated else 4,
-        splits=_splits(-(-linear.N // block_n), 4 * BUSY_PROGRAMS),
+        num_stages=stages,
+        splits=_splits(-(-linear.N // 16), 2 * BUSY_PROGRAMS),
         pdl=pdl,
     )
 
