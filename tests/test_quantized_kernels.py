@@ -23,6 +23,7 @@ from hf_triton_mlp.launchers import (
     linear,
     normed_mlp,
     plan_linear,
+    quantize_rows,
 )
 from hf_triton_mlp.quantization import (
     QuantizationConfig,
@@ -275,6 +276,55 @@ def test_slabs_are_what_the_weight_stands_for(config: str, dtype: torch.dtype) -
     launch(dequantize_launch(weight, 30, out))
     expected = weight.dequantize(dtype)[30:43]
     assert torch.equal(out, expected)
+
+
+def test_a_plain_gate_of_a_quantized_weight_is_refused() -> None:
+    weight = quantized(16, 64, CONFIGS["int8"])
+    x = torch.randn(3, 64).to(DEVICE, torch.float16)
+    with pytest.raises(TypeError, match="gate of a quantized weight"):
+        linear(x, weight, None, gate=(weight.dequantize(torch.float16), None))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [17, 5000])
+def test_rows_in_fp8(size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(5, size + 1).to(DEVICE, dtype)[:, :size]
+    x[1] *= 1e-3
+    x[2] = 0
+    codes, scales = quantize_rows(x)
+    largest = x.float().abs().amax(1, keepdim=True)
+    torch.testing.assert_close(scales, largest / 448, rtol=1e-6, atol=0)
+    assert codes[2].float().eq(0).all()
+    if INTERPRETED:  # it rounds to fp8 wrongly
+        return
+    # Three digits after the first: half of 2**-3 of a number, or of the least normal one.
+    wrong = (codes.float() * scales - x.float()).abs()
+    assert (wrong <= x.float().abs() / 16 * 1.001 + scales * 2**-10).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuBLAS multiplies them")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("gated", [True, False])
+def test_products_in_fp8(gated: bool, dtype: torch.dtype) -> None:
+    weight = quantized(1024, 2048, CONFIGS["fp8"])
+    gate = quantized(1024, 2048, CONFIGS["fp8"]) if gated else None
+    if not launchers.multiplies_fp8(weight, torch.empty(0, dtype=dtype, device=DEVICE)):
+        pytest.skip("needs a GPU with fp8 matrix units")
+    x, bias = torch.randn(300, 2048).to(DEVICE, dtype), vector(1024, dtype)
+    options = {"gate": (gate, bias if gated else None), "activation": "silu" if gated else None}
+    library = native(Plan(kernel="library"))
+    actual = linear(x, weight, bias, plan=library, activations="fp8", **options)
+    codes, scales = quantize_rows(x)
+    same = (codes.float() * scales).to(torch.float64)
+    products = (
+        F.linear(same, values(w, torch.float64), bias.double()) for w in (weight, gate or weight)
+    )
+    up, opened = products
+    expected = F.silu(opened) * up if gated else up
+    # The matrix units add with fewer digits than float32's.
+    assert ((actual.double() - expected).norm() / expected.norm()).item() < 5e-3
+    exact = linear(x, weight, bias, plan=library, **options)
+    assert 1e-3 < ((actual - exact).double().norm() / expected.norm()).item() < 0.1
 
 
 def test_scales_of_a_merged_checkpoint() -> None:

@@ -241,3 +241,33 @@ def quantized_tiled_kernel(
         ACTIVATION,
         SPLITS,
     )
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    K,
+    stride_x,
+    BLOCK_K: tl.constexpr,
+):
+    """A row of x, by row stride, in e4m3: codes (rows, K), contiguous, and scales (rows,), float32.
+
+    value = code * scale, the largest code being 448.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    largest = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = tl.max(largest, axis=0) / 448.0
+    tl.store(scale_ptr + row, scale)
+    inverse = 1.0 / tl.where(scale == 0.0, 1.0, scale)
+    for k in range(0, K, BLOCK_K):
+        offs = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+        codes = tl.clamp(x * inverse, -448.0, 448.0).to(tl.float8e4nv)
+        tl.store(out_ptr + row * K + offs, codes, mask=offs < K)
