@@ -15,6 +15,12 @@ from hf_triton_mlp.kernels.dequantize import (
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
 
+#: How Triton 3.6 lays operands out that were joined, as if of fewer than 16 bits; 3.9 does not.
+#: With the wrong order values move between threads, and products are the same.
+FOUR_IN_A_ROW = tl.constexpr(
+    tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9)
+)
+
 
 @triton.jit
 def code_indices(
@@ -80,11 +86,14 @@ def as_matrix(
 ):
     """Values of `weight_values` as (SLICES, rows, depth), depth in the order of the fragments.
 
-    Where Triton finds that less than 16 bits were loaded, a thread has four in a row there, and
-    again; two of these and two of those go into one product.
+    A thread has two in a row there, and again for the same product; or FOUR_IN_A_ROW and again,
+    two of these and two of those being of one product.
     """
     values = tl.reshape(values, (HIGH, CHUNKS, SLICES, 8, 4, SPAN // 32, 2, 2, 2))
-    values = tl.permute(values, (2, 0, 3, 1, 5, 7, 4, 6, 8))
+    if FOUR_IN_A_ROW:
+        values = tl.permute(values, (2, 0, 3, 1, 5, 7, 4, 6, 8))
+    else:
+        values = tl.permute(values, (2, 0, 3, 1, 5, 6, 7, 4, 8))
     return tl.reshape(values, (SLICES, HIGH * 8, CHUNKS * SPAN))
 
 
@@ -111,8 +120,9 @@ def as_fragment(
         kept = tl.reshape(kept, (1, CLASSES, 1, 1, 1, 1, COLUMNS))
         shape: tl.constexpr = (SLICES, CLASSES, STEPS, 2, 4, 2, COLUMNS)
         tile = where_kept(tl.broadcast_to(kept, shape), tl.broadcast_to(tile, shape))
-    tile = tl.reshape(tile, (SLICES, CLASSES * STEPS // 2, 2, 2, 4, 2, COLUMNS))
-    tile = tl.permute(tile, (0, 1, 3, 4, 2, 5, 6))
+    if FOUR_IN_A_ROW:
+        tile = tl.reshape(tile, (SLICES, CLASSES * STEPS // 2, 2, 2, 4, 2, COLUMNS))
+        tile = tl.permute(tile, (0, 1, 3, 4, 2, 5, 6))
     return tl.reshape(tile, (SLICES, CHUNKS * SPAN, COLUMNS))
 
 
