@@ -682,8 +682,15 @@ def quantized_launch(
     if plan.kernel == "tiled":
         units = scale_units(weight, plan.block_k)
         constants = (
-            activation, weight.format, *units, *tile, plan.group_m, plan.splits, plan.pdl
-        )  # fmt: skip
+            activation,
+            weight.format,
+            *units,
+            *tile,
+            plan.group_m,
+            plan.splits,
+            N % plan.block_n == 0 and K % plan.block_k == 0,
+            plan.pdl,
+        )
         grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
         options = plan.num_warps, plan.num_stages, plan.pdl
         return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
