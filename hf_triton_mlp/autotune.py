@@ -19,12 +19,15 @@ from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_l
 from hf_triton_mlp.patching import mlp_configs
 from hf_triton_mlp.tuning import (
     DECODE_ROWS,
+    DEQUANTIZED_ROWS,
     KERNELS,
     PDL_CAPABILITY,
+    QUANTIZED_DEPTH,
     SKINNY_ROWS,
     TMA_CAPABILITY,
     Linear,
     Plan,
+    choose,
     save,
 )
 
@@ -46,12 +49,15 @@ BYTES, LAUNCH = 3.0e6, 2.5
 
 
 def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> list[Plan]:
-    """The plans to measure for 16-bit weights stored (out, in), few enough to try them all.
+    """The plans to measure for weights stored (out, in), few enough to try them all.
 
-    processors: how many multiprocessors the GPU has.
+    They are of 16 bits, or quantized. processors: how many multiprocessors the GPU has.
     """
     pdl = capability >= PDL_CAPABILITY
     gates = 2 if linear.gated else 1
+    if linear.format is not None:
+        found = _quantized(linear, pdl, gates, processors)
+        return list(dict.fromkeys((choose(linear, capability), *found)))
     plans: list[Plan] = []
     if linear.M <= SKINNY_ROWS:
         plans += _skinny(linear, pdl, gates, processors)
@@ -68,6 +74,53 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
     if linear.M >= 32 and whole and capability[0] == TMA_CAPABILITY[0]:
         plans += _persistent(linear, pdl, gates, processors)
     return list(dict.fromkeys(plans))
+
+
+def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
+    """Codes through registers for few rows; tiles, and values for cuBLAS, for more."""
+    M, N, K = linear.M, linear.N, linear.K
+    if M > DECODE_ROWS:
+        yield Plan(kernel="library", pdl=pdl)
+        tiles = itertools.product((16, 32, 64, 128, 256), (64, 128), (64, 128), (1, 2, 4))
+        for m, n, k, splits in tiles if M <= 4 * DEQUANTIZED_ROWS else ():
+            programs = -(-M // m) * -(-N // n) * splits
+            few = m < min(M, 64) or m > max(16, 2 * M) or programs < processors // 2
+            if few or (splits > 1 and programs > 4 * processors) or m * n * gates > 16384:
+                continue
+            yield Plan(
+                kernel="tiled",
+                block_m=m,
+                block_n=n,
+                block_k=k,
+                num_warps=4 if n == 64 else 8,
+                num_stages=3,
+                group_m=8,
+                splits=splits,
+                pdl=pdl,
+            )
+        return
+    if choose(linear, PDL_CAPABILITY).kernel != "quantized":
+        return
+    columns = max(8, triton.next_power_of_2(M))
+    for n, warps, stages, splits in itertools.product((16, 32), (4, 8), (2, 3, 4, 6), (1, 2, 4)):
+        k, programs = QUANTIZED_DEPTH * warps, -(-N // n) * splits
+        # Registers of a thread for weights on their way, twice as many for bytes, and for sums.
+        weights = stages * n // 2 * gates * (1 if linear.format == "int4" else 2)
+        sums = n * columns // 32 * gates * 2
+        if weights + sums > 160 or weights * 128 * warps < 16384 or programs < processors // 2:
+            continue
+        if splits > 1 and (programs > 4 * processors or k * splits > K):
+            continue
+        yield Plan(
+            kernel="quantized",
+            block_m=triton.next_power_of_2(M),
+            block_n=n,
+            block_k=k,
+            num_warps=warps,
+            num_stages=stages,
+            splits=splits,
+            pdl=pdl,
+        )
 
 
 def _skinny(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:

@@ -5,7 +5,7 @@ Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from hf_triton_mlp.kernels import (
     norm_kernel,
     norm_sum_kernel,
     persistent_linear_kernel,
+    quantize_rows_kernel,
     quantized_linear_kernel,
     quantized_tiled_kernel,
     residual_add_kernel,
@@ -136,6 +137,9 @@ _COMPILED_LIMIT = 4096
 OPTIONS = {"enable_fp_fusion": True}
 
 
+#: Whose matrix units multiply fp8.
+FP8_CAPABILITY = (8, 9)
+
 #: What a part of a quantized weight may take as values, for cuBLAS; it stays in the L2 of an H100.
 SLAB_BYTES = 1 << 25
 
@@ -204,13 +208,14 @@ def linear(
     summands: Summands = NO_SUMMANDS,
     plan: Plan | None = None,
     waited: bool = False,
+    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), contiguous.
 
     One launch, or one more for a norm that the plan's kernel does not fuse, and one more when K
     is split.
     waited: whoever wrote the weights is done: the launch before this one is ours, say, and has
-    itself waited.
+    itself waited. activations: what x may become too where cuBLAS multiplies fp8 weights.
     """
     M, N = x.shape[0], weight.shape[0]
     if M == 0:
@@ -221,6 +226,8 @@ def linear(
         norm, summands, waited = None, NO_SUMMANDS, True
     plan = executable(plan, x, weight, gate[0], summands)
     if plan.kernel == "library":
+        if activations == "fp8" and multiplies_fp8(weight, x):
+            return fp8_linear(x, weight, bias, gate, activation, summands)
         return library_linear(x, weight, bias, gate, activation, summands)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     if plan.splits == 1:
@@ -246,10 +253,12 @@ def normed_mlp(
     plans: tuple[Plan | None, Plan | None] = (None, None),
     early: bool = False,
     branch_scale: float = 1.0,
+    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H).
 
     early: as in `TritonMLP.forward`. branch_scale: pre-norm, the sums are `scaled_add`s.
+    activations: as in `linear`.
     """
     w, scaled = weights, branch_scale != 1.0
     if scaled:
@@ -259,6 +268,7 @@ def normed_mlp(
     down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
     in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
+    in_place = in_place and activations is None
     carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     before = Norm(
         kind=norm,
@@ -279,6 +289,7 @@ def normed_mlp(
         summands=Summands(add=residual, add_bias=bias),
         plan=up_plan,
         waited=early,
+        activations=activations,
     )
     if in_place:
         # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.
@@ -286,12 +297,11 @@ def normed_mlp(
             multiply_slabs(carry, hidden, w.down, beta=1.0)
             return carry
         return carry.addmm_(hidden, w.down.t())
+    options = {"plan": down_plan, "waited": True, "activations": activations}
     if scaled:
-        branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
+        branch = linear(hidden, w.down, w.down_bias, **options)
         return scaled_add(carry, branch, None, branch_scale)
-    return linear(
-        hidden, w.down, w.down_bias, summands=Summands(carry), plan=down_plan, waited=True
-    )
+    return linear(hidden, w.down, w.down_bias, summands=Summands(carry), **options)
 
 
 def branch_normed_mlp(
@@ -304,10 +314,11 @@ def branch_normed_mlp(
     norm: str | None,
     norm_eps: float,
     branch_norm: str,
+    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """s + branch_norm(MLP(u)), for s = residual + branch_norm(x + bias) and u = norm(s), or s.
 
-    x: rows (tokens, H). Four launches, or more where K is split.
+    x: rows (tokens, H); activations: as in `linear`. Four launches, or more where K is split.
     """
     w = weights
     up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
@@ -326,8 +337,10 @@ def branch_normed_mlp(
         activation=activation,
         plan=up_plan,
         waited=True,
+        activations=activations,
     )
-    branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
+    options = {"plan": down_plan, "waited": True, "activations": activations}
+    branch = linear(hidden, w.down, w.down_bias, **options)
     output_norm = BranchNorm(branch_norm, norm_eps, w.output_norm_weight, out)
     norm_sum(branch, None, total, output_norm, pdl=down_plan.pdl)
     return out
@@ -360,11 +373,60 @@ def library_linear(
     return join(out, summands)
 
 
+def multiplies_fp8(weight: Weight, x: Tensor) -> TypeGuard[QuantizedWeight]:
+    """Whether cuBLAS can multiply x, in fp8, by the codes of this weight."""
+    if not isinstance(weight, QuantizedWeight) or weight.format != "fp8" or INTERPRETED:
+        return False
+    whole = weight.shape[0] % 16 == weight.shape[1] % 16 == 0 and in_vectors(weight)
+    return whole and x.dtype != torch.float32 and gpu(x.device.index)[1] >= FP8_CAPABILITY
+
+
+def fp8_linear(
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    activation: str | None,
+    summands: Summands,
+) -> Tensor:
+    """`library_linear` of rows that become fp8 too, each with a scale of its own."""
+    codes, scales = quantize_rows(x)
+
+    def product(weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+        return scaled_mm(
+            codes,
+            weight.codes.t(),
+            scale_a=scales,
+            scale_b=weight.scales.t(),
+            bias=bias,
+            out_dtype=x.dtype,
+            use_fast_accum=True,
+        )
+
+    out = product(weight, bias)
+    gates = product(gate[0], gate[1]) if isinstance(gate[0], QuantizedWeight) else None
+    if activation is not None or gates is not None:
+        launch(activation_launch(out, gates, activation))
+    return join(out, summands)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x (tokens, K) in fp8, and their scales (tokens, 1)."""
+    M, K = x.shape
+    codes = torch.empty((M, K), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = torch.empty((M, 1), dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(K), 4096)
+    tensors, scalars = (x, codes, scales), (K, x.stride(0))
+    launch(Launch(quantize_rows_kernel, (M, 1, 1), tensors, scalars, (block,), 8, 1))
+    return codes, scales
+
+
 def join(out: Tensor, summands: Summands) -> Tensor:
     """out + summands, out itself if there are none."""
-    if summands == NO_SUMMANDS:
-        return out
     add, add2, add_bias = summands
+    if add is None and add2 is None and add_bias is None:
+        return out
     return residual_add(out, add, add2, add_bias, None, 1.0, 1.0)
 
 
@@ -406,8 +468,7 @@ def plan_linear(
     M: int, weight: Weight, *, gated: bool = False, dtype: torch.dtype | None = None
 ) -> Plan:
     """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
-    codes = weight.codes if isinstance(weight, QuantizedWeight) else weight
-    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(codes.device.index))
+    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(weight.device.index))
 
 
 def executable(
@@ -419,9 +480,10 @@ def executable(
             return plan
         linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
         return tuning.choose_quantized_tiled(linear, plan.pdl)
+    assert not isinstance(gate, QuantizedWeight)
     if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
         return plan
-    linear = linear_of(x.shape[0], weight, gate is not None)
+    linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
@@ -436,7 +498,8 @@ def in_vectors(weight: Weight | None) -> bool:
 def linear_of(M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None) -> Linear:
     N, K = weight.shape
     if isinstance(weight, QuantizedWeight):
-        group = 0 if weight.scales.shape[1] == 1 else weight.group_size
+        whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
+        group = 0 if whole_rows else weight.group_size
         found = weight.format, group, weight.zeros is not None
         return Linear(M, N, K, dtype or torch.float16, True, gated, *found)
     return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
@@ -462,11 +525,9 @@ def linear_launch(
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
     if isinstance(weight, QuantizedWeight):
-        if plan.kernel == "tiled":
-            return quantized_tiled_launch(plan, x, weight, bias, gate, activation, summands, out)
-        return quantized_launch(
-            plan, x, weight, bias, gate, activation, norm, summands, out, waited
-        )
+        rest = (bias, gate, activation, summands, out, waited)
+        return quantized_launch(plan, x, weight, *rest)
+    assert not isinstance(gate_weight, QuantizedWeight)
     blocks = -(-N // plan.block_n)
     scalars = (
         M,
@@ -591,87 +652,15 @@ def quantized_launch(
     bias: Tensor | None,
     gate: tuple[Weight | None, Tensor | None],
     activation: str | None,
-    norm: Norm | None,
     summands: Summands,
     out: Tensor,
     waited: bool,
 ) -> Launch:
-    """`linear_launch` of quantized weights, with a plan for these."""
+    """`linear_launch` of quantized weights."""
     (M, K), (N, _) = x.shape, weight.shape
-    gate_weight, gate_bias = gate
-    codes, scales, zeros = stored(weight)
-    gate_codes, gate_scales, gate_zeros = stored(gate_weight)
-    add, add2, add_bias = summands
-    kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
-    tensors = (
-        x, add, add2, carry, out,
-        codes, scales, zeros, bias, gate_codes, gate_scales, gate_zeros, gate_bias,
-        norm_weight, norm_bias, add_bias,
-    )  # fmt: skip
-    scalars = (
-        M,
-        N,
-        K,
-        x.stride(0),
-        0 if add is None else add.stride(0),
-        0 if add2 is None else add2.stride(0),
-        codes.stride(0),
-        0 if gate_codes is None else gate_codes.stride(0),
-        *scales.stride(),
-        eps,
-    )
-    span = 128 if weight.format == "int4" else 64
-    depth = plan.block_k // plan.num_warps
-    blocks = -(-N // plan.block_n)
-    programs = min(plan.programs // plan.splits or blocks, blocks)
-    steps = plan.splits * plan.block_k
-    if scales.shape[1] == 1:
-        use = "result"
-    else:
-        use = "sums" if weight.group_size % depth == 0 else "weights"
-    constants = (
-        kind,
-        carry_normed,
-        activation,
-        weight.format,
-        weight.group_size,
-        use,
-        span,
-        plan.block_m,
-        plan.block_n,
-        plan.block_k,
-        plan.num_warps,
-        plan.num_stages,
-        plan.splits,
-        -(-K // steps),
-        # Tiles that are whole for every part of K.
-        K // plan.block_k if plan.splits == 1 else K // steps if K % steps == 0 else 0,
-        N % (programs * plan.block_n) == 0,
-        -(-blocks // programs),
-        triton.next_power_of_2(-(-K // programs)),
-        plan.pdl,
-        waited and plan.lines == 0,
-    )
-    grid = (programs * plan.splits, 1, 1)
-    return Launch(
-        quantized_linear_kernel, grid, tensors, scalars, constants, plan.num_warps, 1, plan.pdl
-    )
-
-
-def quantized_tiled_launch(
-    plan: Plan,
-    x: Tensor,
-    weight: QuantizedWeight,
-    bias: Tensor | None,
-    gate: tuple[Weight | None, Tensor | None],
-    activation: str | None,
-    summands: Summands,
-    out: Tensor,
-) -> Launch:
-    """`linear_launch` of quantized weights, of any format, with a plan for "tiled"."""
-    (M, K), (N, _) = x.shape, weight.shape
-    codes, scales, zeros = stored(weight)
-    gate_codes, gate_scales, gate_zeros = stored(gate[0])
+    in_words = plan.kernel == "quantized"
+    codes, scales, zeros = stored(weight, in_words=in_words)
+    gate_codes, gate_scales, gate_zeros = stored(gate[0], in_words=in_words)
     add, add2, add_bias = summands
     tensors = (
         x, add, add2, out, codes, scales, zeros, bias,
@@ -688,20 +677,44 @@ def quantized_tiled_launch(
         0 if gate_codes is None else gate_codes.stride(0),
         *scales.stride(),
     )
+    tile = plan.block_m, plan.block_n, plan.block_k
+    blocks = -(-N // plan.block_n)
+    if plan.kernel == "tiled":
+        units = scale_units(weight, plan.block_k)
+        constants = (
+            activation,
+            weight.format,
+            *units,
+            *tile,
+            plan.group_m,
+            plan.splits,
+            N % plan.block_n == 0 and K % plan.block_k == 0,
+            plan.pdl,
+        )
+        grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
+        options = plan.num_warps, plan.num_stages, plan.pdl
+        return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
+    if scales.shape[1] == 1 and zeros is None:
+        use = "result"
+    else:
+        use = "sums" if weight.group_size % (plan.block_k // plan.num_warps) == 0 else "weights"
     constants = (
         activation,
         weight.format,
-        *scale_units(weight, plan.block_k),
-        plan.block_m,
-        plan.block_n,
-        plan.block_k,
-        plan.group_m,
+        weight.group_size,
+        use,
+        128 if weight.format == "int4" else 64,
+        *tile,
+        plan.num_warps,
+        plan.num_stages,
         plan.splits,
+        N % plan.block_n == 0,
         plan.pdl,
+        waited and plan.lines == 0,
     )
-    grid = (-(-M // plan.block_m) * -(-N // plan.block_n) * plan.splits, 1, 1)
-    options = plan.num_warps, plan.num_stages, plan.pdl
-    return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
+    options = plan.num_warps, 1, plan.pdl
+    grid = (blocks * plan.splits, 1, 1)
+    return Launch(quantized_linear_kernel, grid, tensors, scalars, constants, *options)
 
 
 def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
@@ -721,12 +734,14 @@ def scale_units(weight: QuantizedWeight, depth: int) -> tuple[int | None, int]:
     return (None, depth) if weight.scales.shape[1] == 1 else (size, min(size & -size, depth))
 
 
-def stored(weight: Weight | None) -> tuple[Any, Any, Any]:
-    """Codes (bytes or words), scales and zeros as kernels take them."""
-    if not isinstance(weight, QuantizedWeight):
+def stored(weight: Weight | None, *, in_words: bool = False) -> tuple[Any, Any, Any]:
+    """Codes (int4 in words, others in bytes, or in words too), scales and zeros."""
+    if weight is None:
         return None, None, None
-    codes = weight.codes if weight.format == "int4" else weight.codes.view(torch.int8)
-    return codes, weight.scales, weight.zeros
+    if not isinstance(weight, QuantizedWeight):
+        raise TypeError(f"the gate of a quantized weight is to be quantized, found {weight.dtype}")
+    words = in_words or weight.format == "int4"
+    return weight.codes.view(torch.int32 if words else torch.int8), weight.scales, weight.zeros
 
 
 def split_parts(plan: Plan, out: Tensor, *, gated: bool) -> Tensor:

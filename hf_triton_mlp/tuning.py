@@ -28,9 +28,6 @@ DECODE_ROWS = 16
 #: unit (TF32 is not IEEE), is multiplied by them; more rows would be bound by them.
 SKINNY_ROWS = 4
 
-#: Up to this many rows "quantized" computes the norm in front too.
-NORMED_ROWS = 2
-
 #: How deep a tile of "quantized" is for each warp, at least.
 QUANTIZED_DEPTH = 128
 
@@ -101,8 +98,7 @@ class Plan:
     @property
     def fuses_norm(self) -> bool:
         """Whether the kernel computes the norm in front of the linear layer too."""
-        few = self.kernel == "quantized" and self.splits == 1 and self.block_m <= NORMED_ROWS
-        return self.kernel in ("skinny", "stream") or few
+        return self.kernel in ("skinny", "stream")
 
     def __str__(self) -> str:
         if self.kernel == "library":
@@ -266,7 +262,7 @@ def _choose_decode(linear: Linear, pdl: bool) -> Plan:
 
 
 def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
-    """Codes through registers, 16 outputs and whole rows for one row, more and K split for more."""
+    """Codes through registers, and K split until the multiprocessors are busy."""
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
         return Plan(kernel="library", pdl=pdl)
@@ -277,17 +273,19 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         or linear.group % depth
     ):
         return choose_quantized_tiled(linear, pdl)
-    block_n = 16 if linear.M <= 2 or linear.gated else 32
+    # Of 8 warps, in registers: two programs are to fit a multiprocessor.
+    if linear.gated or (linear.zeros and linear.group < 128):
+        stages = 2
+    else:
+        stages = 4 if linear.M <= 4 and not linear.zeros else 3
     return Plan(
         kernel="quantized",
         block_m=1 << (linear.M - 1).bit_length(),
-        block_n=block_n,
+        block_n=16,
         block_k=8 * QUANTIZED_DEPTH,
         num_warps=8,
-        # Zeros take registers: two programs of 255 / 2 are to fit a multiprocessor.
-        num_stages=(3 if linear.zeros else 4) if linear.M <= 2 and not linear.gated else 2,
-        splits=_splits(-(-linear.N // block_n), 2 * BUSY_PROGRAMS),
-        programs=2 * BUSY_PROGRAMS if linear.M <= NORMED_ROWS else 0,
+        num_stages=stages,
+        splits=_splits(-(-linear.N // 16), 2 * BUSY_PROGRAMS),
         pdl=pdl,
     )
 

@@ -17,9 +17,10 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp import autotune, launchers
-from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.kernels import INTERPRETED, quantized_linear_kernel
 from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
 from hf_triton_mlp.measure import CASES, Case
+from hf_triton_mlp.quantization import CODES, QuantizationConfig, QuantizedWeight, Weight
 from hf_triton_mlp.tuning import PDL_CAPABILITY, Linear, Plan, choose
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -28,6 +29,8 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int8: "*i8",
     torch.bool: "*i1",
 }
 #: Shared memory that a block may have, by compute capability, in bytes: A100, RTX 30/40, H100.
@@ -77,16 +80,46 @@ def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> A
     return compiled
 
 
+def quantized(out: int, size: int, config: QuantizationConfig) -> QuantizedWeight:
+    """A weight without memory."""
+
+    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty((out, columns), dtype=dtype, device="meta")
+
+    group = config.group_size or size
+    groups = -(-size // group)
+    stored = torch.float32 if config.group_size is None else torch.bfloat16
+    return QuantizedWeight(
+        empty(size // 8 if config.format == "int4" else size, CODES[config.format]),
+        empty(groups, stored),
+        None if config.symmetric else empty(groups, torch.float16),
+        (out, size),
+        group,
+    )
+
+
 def launches(
-    case: Case, M: int, dtype: torch.dtype, plans: tuple[Plan, Plan], *, early: bool = True
+    case: Case,
+    M: int,
+    dtype: torch.dtype,
+    plans: tuple[Plan, Plan] | tuple[int, int],
+    *,
+    early: bool = True,
+    config: QuantizationConfig | None = None,
 ) -> list[Launch]:
-    """The launches of a layer half, on tensors without memory."""
+    """The launches of a layer half, on tensors without memory.
+
+    plans: or the capability of a GPU, for what `choose` says. config: of quantized weights.
+    """
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def vector(size: int, present: bool = True) -> torch.Tensor | None:
         return empty(size) if present else None
+
+    def matrix(out: int, size: int) -> Weight:
+        return empty(out, size) if config is None else quantized(out, size, config)
 
     H, I = case.hidden, case.intermediate  # noqa: E741
     x, residual, carry, hidden, out = (
@@ -96,7 +129,14 @@ def launches(
         empty(M, I),
         empty(M, H),
     )
-    up_plan, down_plan = plans
+    up = matrix(I, H), vector(I, case.bias), (matrix(I, H) if case.gated else None, None)
+    down = matrix(H, I), vector(H, case.bias), (None, None)
+    up_plan, down_plan = (
+        plan
+        if isinstance(plan, Plan)
+        else choose(launchers.linear_of(M, weight, gated, dtype), plans)
+        for plan, weight, gated in zip(plans, (up[0], down[0]), (case.gated, False), strict=True)
+    )
     norm = Norm(case.norm, vector(H), vector(H, case.norm == "layer_norm"), 1e-5, carry, False)
     found: list[Launch] = []
     before, summands = norm, Summands(residual)
@@ -104,8 +144,6 @@ def launches(
         normed = empty(M, H)
         found.append(launchers.norm_launch(x, residual, None, norm, normed, pdl=up_plan.pdl))
         x, before, summands = normed, None, NO_SUMMANDS
-    up = empty(I, H), vector(I, case.bias), (empty(I, H) if case.gated else None, None)
-    down = empty(H, I), vector(H, case.bias), (None, None)
     linears = (
         (up_plan, x, up, case.activation, before, summands, hidden, early),
         (down_plan, hidden, down, None, None, Summands(carry), out, True),
@@ -135,6 +173,54 @@ def test_default_plans_compile(
         check_compiles(call, capability, tmp_path)
 
 
+#: By what its kernels do: row scales, scales of sums and of weights, zeros of both.
+QUANTIZED = {
+    "int8": QuantizationConfig(format="int8"),
+    "fp8": QuantizationConfig(format="fp8"),
+    "int4": QuantizationConfig(),
+    "int4 asymmetric": QuantizationConfig(symmetric=False),
+    "int4 32 asymmetric": QuantizationConfig(group_size=32, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("tokens", [2, 16, 64])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("opt-1.3b", torch.bfloat16), ("llama-3.1-8b", torch.float16)]
+)
+@pytest.mark.parametrize("config", QUANTIZED)
+def test_default_plans_of_quantized_weights_compile(
+    config: str,
+    name: str,
+    tokens: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tmp_path: Path,
+) -> None:
+    found = launches(CASES[name], tokens, dtype, capability, config=QUANTIZED[config])
+    for call in found:
+        compiled = check_compiles(call, capability, tmp_path)
+        if call.kernel is quantized_linear_kernel and triton.__version__ < "3.7":
+            # No value moves between threads, but for the sums of the warps.
+            assert "local_alloc" not in compiled.asm["ttgir"]
+            assert compiled.metadata.shared <= 32 * 1024
+
+
+@pytest.mark.parametrize("config", QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_kernels_of_quantized_weights_compile(
+    config: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    found = QUANTIZED[config]
+    weight = quantized(4096, 1024, found)
+    out = torch.empty((512, 1024), dtype=dtype, device="meta")
+    calls = [launchers.dequantize_launch(weight, 512, out)]
+    if dtype == torch.float32:
+        calls += launches(CASES["opt-1.3b"], 4, dtype, (9, 0), config=found)
+    for call in calls:
+        check_compiles(call, (9, 0), tmp_path)
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 64])
 def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
     case = replace(CASES["gpt2"], norm="rms_norm_offset", gated=True)
@@ -146,7 +232,7 @@ def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", SHARED)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("hidden", [2048, 3584, 5376, 16384])
 @pytest.mark.parametrize("normed", [True, False])
 def test_branch_norms_compile(

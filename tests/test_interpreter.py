@@ -15,7 +15,14 @@ from hf_triton_mlp.kernels import INTERPRETED
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively on this machine")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "file", ["test_ops.py", "test_mlp.py", "test_attention.py", "test_step_ops.py"]
+    "file",
+    [
+        "test_ops.py",
+        "test_mlp.py",
+        "test_attention.py",
+        "test_step_ops.py",
+        "test_quantized_kernels.py",
+    ],
 )
 def test_kernels_under_the_interpreter(file: str) -> None:
     run = subprocess.run(

@@ -344,3 +344,17 @@ def test_patched_models_use_the_table(table: Path) -> None:
     plan = Plan(kernel="skinny", block_n=1, block_k=16, num_warps=1)
     save(table, torch.cuda.get_device_name(), {Linear(1, *up.shape, HALF).key: plan})
     assert "skinny 1x1x16, 1 warps" in str(patch_report(model))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("form", "group"), [("int4", 128), ("int8", 0), ("int8", 17)])
+@pytest.mark.parametrize("rows", [1, 4, 16, 17, 64, 300, 2048])
+def test_candidates_of_quantized_weights(rows: int, form: str, group: int, gated: bool) -> None:
+    for N, K in ((16384, 4096), (4096, 16384), (1001, 4099)):
+        linear = Linear(rows, N, K, torch.float16, True, gated, form, group)
+        found = candidates(linear, (9, 0), 132)
+        assert 0 < len(found) <= 60
+        assert found[0] == choose(linear, (9, 0))
+        for plan in found:
+            plan.check(rows, torch.float16)
+            assert plan.kernel != "quantized" or (K % 32 == 0 and group != 17)

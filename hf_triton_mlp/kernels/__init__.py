@@ -8,7 +8,11 @@ from hf_triton_mlp.kernels.greedy import greatest_logits_kernel, next_token_kern
 from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.quantized import quantized_linear_kernel
-from hf_triton_mlp.kernels.quantized_tiled import dequantize_kernel, quantized_tiled_kernel
+from hf_triton_mlp.kernels.quantized_tiled import (
+    dequantize_kernel,
+    quantize_rows_kernel,
+    quantized_tiled_kernel,
+)
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
 from hf_triton_mlp.kernels.stream import stream_linear_kernel
 from hf_triton_mlp.kernels.tiled import (
@@ -33,6 +37,7 @@ __all__ = [
     "norm_kernel",
     "norm_sum_kernel",
     "persistent_linear_kernel",
+    "quantize_rows_kernel",
     "quantized_linear_kernel",
     "quantized_tiled_kernel",
     "residual_add_kernel",

@@ -42,36 +42,37 @@ INT4_TO_BFLOAT16 = tl.constexpr(
     + " }"
 )
 
-#: Four bytes to two registers. Plus 128 they are 0 to 255; 0x6480 is 1152, 1024 and these 128.
+#: Four bytes, in $4, to four halves. Plus 128 they are 0 to 255; 0x6480 is 1152, 1024 and that 128.
 INT8_TO_FLOAT16 = tl.constexpr(
-    "{ .reg .b32 t, one, bias; mov.b32 one, 0x64646464; mov.b32 bias, 0xe480e480;"
-    " xor.b32 t, $2, 0x80808080;"
-    " prmt.b32 $0, t, one, 0x4140; prmt.b32 $1, t, one, 0x4342;"
-    " add.f16x2 $0, $0, bias; add.f16x2 $1, $1, bias; }"
+    "{ .reg .b32 t, u, one, bias; mov.b32 one, 0x64646464; mov.b32 bias, 0xe480e480;"
+    " xor.b32 t, $4, 0x80808080; prmt.b32 u, t, one, 0x4140; prmt.b32 t, t, one, 0x4342;"
+    " add.f16x2 u, u, bias; add.f16x2 t, t, bias;"
+    " mov.b32 {$0, $1}, u; mov.b32 {$2, $3}, t; }"
 )
 
 #: The low seven bits on 128, minus 128, or 256 where the sign bit is set.
 INT8_TO_BFLOAT16 = tl.constexpr(
     "{ .reg .b32 t, u, one, unit; mov.b32 one, 0x43434343; mov.b32 unit, 0x3f803f80;"
     + "".join(
-        f" prmt.b32 t, $2, one, {selector};"
+        f" prmt.b32 t, $4, one, {selector};"
         f" and.b32 u, t, 0xff7fff7f;"
         f" lop3.b32 t, t, 0xff80ff80, 0x80008000, 0x6a;"
-        f" fma.rn.bf16x2 ${i}, u, unit, t;"
+        f" fma.rn.bf16x2 t, u, unit, t;"
+        f" mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;"
         for i, selector in enumerate(("0x4140", "0x4342"))
     )
     + " }"
 )
 
-
 #: Sign, exponent and digits of e4m3 where float16 has them, whose exponents mean 2**-8 times it.
 FP8_TO_FLOAT16 = tl.constexpr(
     "{ .reg .b32 t, u, unit; mov.b32 unit, 0x5c005c00;"
     + "".join(
-        f" prmt.b32 t, $2, 0, {selector};"
+        f" prmt.b32 t, $4, 0, {selector};"
         f" shr.u32 u, t, 1; and.b32 u, u, 0x3f803f80;"
         f" lop3.b32 t, t, 0x80008000, u, 0xea;"
-        f" mul.rn.f16x2 ${i}, t, unit;"
+        f" mul.rn.f16x2 t, t, unit;"
+        f" mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;"
         for i, selector in enumerate(("0x1404", "0x3424"))
     )
     + " }"
@@ -81,10 +82,11 @@ FP8_TO_FLOAT16 = tl.constexpr(
 FP8_TO_BFLOAT16 = tl.constexpr(
     "{ .reg .b32 t, u, unit, zero; mov.b32 unit, 0x7b807b80; mov.b32 zero, 0x80008000;"
     + "".join(
-        f" prmt.b32 t, $2, 0, {selector};"
+        f" prmt.b32 t, $4, 0, {selector};"
         f" shr.u32 u, t, 4; and.b32 u, u, 0x07f007f0;"
         f" lop3.b32 t, t, zero, u, 0xea;"
-        f" fma.rn.bf16x2 ${i}, t, unit, zero;"
+        f" fma.rn.bf16x2 t, t, unit, zero;"
+        f" mov.b32 {{${2 * i}, ${2 * i + 1}}}, t;"
         for i, selector in enumerate(("0x1404", "0x3424"))
     )
     + " }"
@@ -155,20 +157,31 @@ def int4_values(words, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def byte_values(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """Bytes of int8 or fp8 in DTYPE."""
-    if INTERPRETED:
-        return (codes if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
-    elif DTYPE.is_fp16():
+def byte_registers(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """The four int8 or fp8 codes of words in DTYPE: tensors of their shape."""
+    if DTYPE.is_fp16():
         ASM: tl.constexpr = INT8_TO_FLOAT16 if FORMAT == "int8" else FP8_TO_FLOAT16
         return tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            ASM, "=&h,=&h,=&h,=&h,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=1
         )
     else:
         ASM: tl.constexpr = INT8_TO_BFLOAT16 if FORMAT == "int8" else FP8_TO_BFLOAT16
         return tl.inline_asm_elementwise(
-            ASM, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            ASM, "=&h,=&h,=&h,=&h,r", [words], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=1
         )
+
+
+@triton.jit
+def byte_values(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """The codes in words (rows, 4, n) of int8 or fp8: (rows, 4, 4 * n)."""
+    if INTERPRETED:
+        codes = words[:, :, :, None] >> (tl.arange(0, 4) * 8)[None, None, None, :]
+        codes = codes.to(tl.int8)
+        values = (codes if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
+    else:
+        a, b, c, d = byte_registers(words, FORMAT, DTYPE)
+        values = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(values, (words.shape[0], 4, 4 * words.shape[2]))
 
 
 @triton.jit

@@ -25,18 +25,25 @@ def load_codes(
     stride,
     FORMAT: tl.constexpr,
     OFFSET: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Codes of rows `row` (ROWS,) from first_k on, (ROWS, DEPTH) float32; int4's minus OFFSET."""
+    """Codes of rows `row` (ROWS,) from first_k on, (ROWS, DEPTH) float32; int4's minus OFFSET.
+
+    EVEN: all of these are there.
+    """
     if FORMAT == "int4":
         k = first_k // 8 + tl.arange(0, DEPTH // 8)
         size = tl.cdiv(K, 8)
     else:
         k = first_k + tl.arange(0, DEPTH)
         size = K
-    mask = (row < N)[:, None] & (k < size)[None, :]
-    codes = tl.load(ptr + row.to(tl.int64)[:, None] * stride + k[None, :], mask=mask, other=0)
+    place = ptr + row.to(tl.int64)[:, None] * stride + k[None, :]
+    if EVEN:
+        codes = tl.load(place)
+    else:
+        codes = tl.load(place, mask=(row < N)[:, None] & (k < size)[None, :], other=0)
     if FORMAT == "int4":
         # Code 2i is bits 4i to 4i + 3, code 2i + 1 those 16 above.
         even = tl.join(
@@ -65,6 +72,7 @@ def load_groups(
     stride_g,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -74,10 +82,12 @@ def load_groups(
     """
     k = first_k + tl.arange(0, DEPTH // UNIT) * UNIT
     group = k * 0 if GROUP is None else k // GROUP
-    place = row.to(tl.int64)[:, None] * stride_n + group.to(tl.int64)[None, :] * stride_g
-    mask = (row < N)[:, None] & (k < K)[None, :]
-    found = tl.load(ptr + place, mask=mask, other=0.0).to(tl.float32)
-    found = tl.broadcast_to(found[:, :, None], (ROWS, DEPTH // UNIT, UNIT))
+    place = ptr + row.to(tl.int64)[:, None] * stride_n + group.to(tl.int64)[None, :] * stride_g
+    if EVEN:
+        found = tl.load(place)
+    else:
+        found = tl.load(place, mask=(row < N)[:, None] & (k < K)[None, :], other=0.0)
+    found = tl.broadcast_to(found.to(tl.float32)[:, :, None], (ROWS, DEPTH // UNIT, UNIT))
     return tl.reshape(found, (ROWS, DEPTH))
 
 
@@ -96,16 +106,21 @@ def load_values(
     FORMAT: tl.constexpr,
     GROUP: tl.constexpr,
     UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
     """(code - zero) * scale of rows `row` from first_k on, (ROWS, DEPTH) in float32, finite."""
     OFFSET: tl.constexpr = 8 if zero_ptr is None else 0
-    values = load_codes(w_ptr, row, first_k, N, K, stride_wn, FORMAT, OFFSET, ROWS, DEPTH)
+    values = load_codes(w_ptr, row, first_k, N, K, stride_wn, FORMAT, OFFSET, EVEN, ROWS, DEPTH)
     strides = (stride_sn, stride_sg)
     if zero_ptr is not None:
-        values -= load_groups(zero_ptr, row, first_k, N, K, *strides, GROUP, UNIT, ROWS, DEPTH)
-    return values * load_groups(scale_ptr, row, first_k, N, K, *strides, GROUP, UNIT, ROWS, DEPTH)
+        values -= load_groups(
+            zero_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
+        )
+    return values * load_groups(
+        scale_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
+    )
 
 
 @triton.jit
@@ -136,7 +151,7 @@ def dequantize_kernel(
         row = first_row + place + tl.arange(0, 1)
         values = load_values(
             w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
-            FORMAT, GROUP, UNIT, 1, BLOCK_K,
+            FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
         )  # fmt: skip
         k = first_k + tl.arange(0, BLOCK_K)[None, :]
         tl.store(
@@ -180,12 +195,14 @@ def quantized_tiled_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
+    EVEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """What `tiled_linear_kernel` computes, of a QuantizedWeight; its parameters and those of
     `load_values`.
 
     W is the left operand, which the matrix units take from registers, where its values are made.
+    EVEN: its rows and columns are whole blocks.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -211,17 +228,18 @@ def quantized_tiled_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     gate_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for k in range(first_k, tl.minimum(first_k + part, K), BLOCK_K):
-        x = tl.load(x_ptrs, mask=mask_m & (offs_k < K - k)[:, None], other=0.0).to(DTYPE)
+        mask = mask_m if EVEN else mask_m & (offs_k < K - k)[:, None]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(DTYPE)
         w = load_values(
             w_ptr, scale_ptr, zero_ptr, offs_n, k, N, K, stride_wn, stride_sn, stride_sg,
-            FORMAT, GROUP, UNIT, BLOCK_N, BLOCK_K,
+            FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         w = w.to(x_ptr.dtype.element_ty).to(DTYPE)
         acc = tl.dot(w, x, acc, input_precision="ieee")
         if gate_w_ptr is not None:
             g = load_values(
                 gate_w_ptr, gate_scale_ptr, gate_zero_ptr, offs_n, k, N, K, stride_gn, stride_sn,
-                stride_sg, FORMAT, GROUP, UNIT, BLOCK_N, BLOCK_K,
+                stride_sg, FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             g = g.to(x_ptr.dtype.element_ty).to(DTYPE)
             gate_acc = tl.dot(g, x, gate_acc, input_precision="ieee")
@@ -241,3 +259,33 @@ def quantized_tiled_kernel(
         ACTIVATION,
         SPLITS,
     )
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    out_ptr,
+    scale_ptr,
+    K,
+    stride_x,
+    BLOCK_K: tl.constexpr,
+):
+    """A row of x, by row stride, in e4m3: codes (rows, K), contiguous, and scales (rows,), float32.
+
+    value = code * scale, the largest code being 448.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * stride_x
+    largest = tl.zeros((BLOCK_K,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(x))
+    scale = tl.max(largest, axis=0) / 448.0
+    tl.store(scale_ptr + row, scale)
+    inverse = 1.0 / tl.where(scale == 0.0, 1.0, scale)
+    for k in range(0, K, BLOCK_K):
+        offs = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
+        codes = tl.clamp(x * inverse, -448.0, 448.0).to(tl.float8e4nv)
+        tl.store(out_ptr + row * K + offs, codes, mask=offs < K)
