@@ -25,6 +25,7 @@ from hf_triton_mlp.kernels import (
     norm_sum_kernel,
     persistent_linear_kernel,
     quantized_linear_kernel,
+    quantized_row_kernel,
     quantized_tiled_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
@@ -411,7 +412,8 @@ def executable(
 ) -> Plan:
     """The plan, or another one where TMA cannot address these, or vectors cannot be loaded."""
     if isinstance(weight, QuantizedWeight):
-        if plan.kernel != "quantized" or (in_vectors(weight) and in_vectors(gate)):
+        fits = plan.kernel not in ("quantized", "quantized_row")
+        if fits or (in_vectors(weight) and in_vectors(gate)):
             return plan
         linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
         return tuning.choose_quantized_tiled(linear, plan.pdl)
@@ -616,6 +618,8 @@ def quantized_launch(
         *scales.stride(),
         eps,
     )
+    if plan.kernel == "quantized_row":
+        return quantized_row_launch(plan, weight, activation, norm, tensors, scalars, waited)
     span = 128 if weight.format == "int4" else 64
     depth = plan.block_k // plan.num_warps
     blocks = -(-N // plan.block_n)
@@ -651,6 +655,51 @@ def quantized_launch(
     grid = (programs * plan.splits, 1, 1)
     return Launch(
         quantized_linear_kernel, grid, tensors, scalars, constants, plan.num_warps, 1, plan.pdl
+    )
+
+
+def quantized_row_launch(
+    plan: Plan,
+    weight: QuantizedWeight,
+    activation: str | None,
+    norm: Norm | None,
+    tensors: tuple[Tensor | None, ...],
+    scalars: tuple[int | float, ...],
+    waited: bool,
+) -> Launch:
+    """`quantized_launch` for one row, of what this has found."""
+    M, N, K, _, _, _, stride_w, stride_gate, *strides, eps = scalars
+    assert M == 1 and plan.block_k >= K
+    codes_a_word = 1 if weight.format == "int4" else 4
+    words = [t.view(torch.int32) if t is not None and t.dtype == torch.int8 else t for t in tensors]
+    blocks = -(-weight.shape[0] // plan.block_n)
+    shared = plan.programs if plan.programs < blocks else 0
+    kind, carry_normed = (None, False) if norm is None else (norm.kind, norm.carry_normed)
+    constants = (
+        kind,
+        carry_normed,
+        activation,
+        weight.format,
+        0 if weight.scales.shape[1] == 1 else weight.group_size,
+        tuning.QUANTIZED_VECTORS[weight.format],
+        plan.block_n,
+        plan.block_k,
+        plan.block_k == K,
+        N % plan.block_n == 0,
+        shared,
+        triton.next_power_of_2(-(-weight.shape[1] // (shared or blocks))),
+        plan.pdl,
+        waited and plan.lines == 0,
+    )
+    return Launch(
+        quantized_row_kernel,
+        (shared or blocks, 1, 1),
+        tuple(words),
+        (N, K, stride_w // codes_a_word, stride_gate // codes_a_word, *strides, eps),
+        constants,
+        plan.num_warps,
+        1,
+        plan.pdl,
     )
 
 

@@ -8,6 +8,7 @@ from hf_triton_mlp.kernels.greedy import greatest_logits_kernel, next_token_kern
 from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.quantized import quantized_linear_kernel
+from hf_triton_mlp.kernels.quantized_row import quantized_row_kernel
 from hf_triton_mlp.kernels.quantized_tiled import dequantize_kernel, quantized_tiled_kernel
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
 from hf_triton_mlp.kernels.stream import stream_linear_kernel
@@ -34,6 +35,7 @@ __all__ = [
     "norm_sum_kernel",
     "persistent_linear_kernel",
     "quantized_linear_kernel",
+    "quantized_row_kernel",
     "quantized_tiled_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
