@@ -26,6 +26,7 @@ from hf_triton_mlp.kernels import (
     persistent_linear_kernel,
     quantize_rows_kernel,
     quantized_linear_kernel,
+    quantized_row_kernel,
     quantized_tiled_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
@@ -221,6 +222,8 @@ def linear(
     if M == 0:
         return x.new_empty((0, N))
     plan = plan or plan_linear(M, weight, gated=gate[0] is not None, dtype=x.dtype)
+    if isinstance(weight, QuantizedWeight):  # what takes the place of a plan may fuse no norm
+        plan = executable(plan, x, weight, gate[0], summands)
     if norm is not None and not plan.fuses_norm:
         x = normalize(x, summands.add, summands.add_bias, norm, pdl=plan.pdl)
         norm, summands, waited = None, NO_SUMMANDS, True
@@ -476,7 +479,8 @@ def executable(
 ) -> Plan:
     """The plan, or another one where TMA cannot address these, or vectors cannot be loaded."""
     if isinstance(weight, QuantizedWeight):
-        if plan.kernel != "quantized" or (in_vectors(weight) and in_vectors(gate)):
+        fits = plan.kernel not in ("quantized", "quantized_row")
+        if fits or (in_vectors(weight) and in_vectors(gate)):
             return plan
         linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
         return tuning.choose_quantized_tiled(linear, plan.pdl)
@@ -525,6 +529,9 @@ def linear_launch(
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
     if isinstance(weight, QuantizedWeight):
+        if plan.kernel == "quantized_row":
+            rest = (bias, gate, activation, norm, summands, out, waited)
+            return quantized_row_launch(plan, x, weight, *rest)
         rest = (bias, gate, activation, summands, out, waited)
         return quantized_launch(plan, x, weight, *rest)
     assert not isinstance(gate_weight, QuantizedWeight)
@@ -715,6 +722,55 @@ def quantized_launch(
     options = plan.num_warps, 1, plan.pdl
     grid = (blocks * plan.splits, 1, 1)
     return Launch(quantized_linear_kernel, grid, tensors, scalars, constants, *options)
+
+
+def quantized_row_launch(
+    plan: Plan,
+    x: Tensor,
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    activation: str | None,
+    norm: Norm | None,
+    summands: Summands,
+    out: Tensor,
+    waited: bool,
+) -> Launch:
+    """`linear_launch` of quantized weights for one row."""
+    N, K = weight.shape
+    assert x.shape[0] == 1 and plan.block_k >= K
+    codes, scales, zeros = stored(weight, in_words=True)
+    gate_codes, gate_scales, gate_zeros = stored(gate[0], in_words=True)
+    add, add2, add_bias = summands
+    kind, norm_weight, norm_bias, eps, carry, carry_normed, _ = norm or NO_NORM
+    tensors = (
+        x, add, add2, carry, out, codes, scales, zeros, bias,
+        gate_codes, gate_scales, gate_zeros, gate[1], norm_weight, norm_bias, add_bias,
+    )  # fmt: skip
+    gate_stride = 0 if gate_codes is None else gate_codes.stride(0)
+    scalars = (N, K, codes.stride(0), gate_stride, *scales.stride(), eps)
+    blocks = -(-N // plan.block_n)
+    shared = plan.programs if plan.programs < blocks else 0
+    whole_rows = scales.shape[1] == 1 and zeros is None
+    constants = (
+        kind,
+        carry_normed,
+        activation,
+        weight.format,
+        0 if whole_rows else weight.group_size,
+        tuning.QUANTIZED_VECTORS[weight.format],
+        plan.block_n,
+        plan.block_k,
+        plan.block_k == K,
+        N % plan.block_n == 0,
+        shared,
+        triton.next_power_of_2(-(-K // (shared or blocks))),
+        plan.pdl,
+        waited and plan.lines == 0,
+    )
+    options = plan.num_warps, 1, plan.pdl
+    grid = (shared or blocks, 1, 1)
+    return Launch(quantized_row_kernel, grid, tensors, scalars, constants, *options)
 
 
 def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:

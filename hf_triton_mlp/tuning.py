@@ -34,6 +34,9 @@ QUANTIZED_DEPTH = 128
 #: Values of a row that a thread of "quantized" has from one group.
 QUANTIZED_VECTORS = {"int4": 32, "int8": 16, "fp8": 16}
 
+#: The longest row that "quantized_row" holds in registers, in those of 16 warps.
+QUANTIZED_ROW = 32768
+
 #: With more rows quantized weights are dequantized once, for cuBLAS.
 DEQUANTIZED_ROWS = 128
 
@@ -61,7 +64,16 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-KERNELS = ("skinny", "stream", "decode", "tiled", "persistent", "library", "quantized")
+KERNELS = (
+    "skinny",
+    "stream",
+    "decode",
+    "tiled",
+    "persistent",
+    "library",
+    "quantized",
+    "quantized_row",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +83,8 @@ class Plan:
     kernel: "skinny" (up to four rows: together if block_m says so and K is one block, else each on
     its own), "stream" and "decode" (16-bit, up to 16 rows), "tiled", "persistent" (16-bit, more
     rows, Hopper, where TMA can address the matrices), or "library" (more rows, by cuBLAS, which
-    takes no parameters).
+    takes no parameters). For quantized weights: "quantized_row" (one row, which block_k holds as a
+    whole), "quantized" (up to 16 rows), "tiled" and "library".
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side; "stream" keeps `num_stages` tiles of weights on their way,
     and its warps share a tile's depth; "tiled" gives each tile to `splits` programs; "skinny", if
@@ -98,7 +111,7 @@ class Plan:
     @property
     def fuses_norm(self) -> bool:
         """Whether the kernel computes the norm in front of the linear layer too."""
-        return self.kernel in ("skinny", "stream")
+        return self.kernel in ("skinny", "stream", "quantized_row")
 
     def __str__(self) -> str:
         if self.kernel == "library":
@@ -132,6 +145,7 @@ class Plan:
             "stream": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "decode": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
             "quantized": (1, 0 if dtype == torch.float32 else min(self.block_m, DECODE_ROWS)),
+            "quantized_row": (1, 0 if dtype == torch.float32 else 1),
             "persistent": (DECODE_ROWS + 1, 0 if dtype == torch.float32 else M),
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
@@ -273,6 +287,8 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         or linear.group % depth
     ):
         return choose_quantized_tiled(linear, pdl)
+    if linear.M == 1 and linear.K <= QUANTIZED_ROW:
+        return _choose_quantized_row(linear, pdl)
     # Of 8 warps, in registers: two programs are to fit a multiprocessor.
     if linear.gated or (linear.zeros and linear.group < 128):
         stages = 2
@@ -286,6 +302,29 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         num_warps=8,
         num_stages=stages,
         splits=_splits(-(-linear.N // 16), 2 * BUSY_PROGRAMS),
+        pdl=pdl,
+    )
+
+
+def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
+    """32 values of x and 64 bytes of codes in each thread, 128 registers: 16 warps at a time.
+
+    Where one wave of programs cannot have all rows, each goes on to its next rows.
+    """
+    depth = max(triton.next_power_of_2(linear.K), 32 * QUANTIZED_VECTORS[linear.format or ""])
+    warps = min(max(depth // 1024, 1), 16)
+    row_bytes = depth // 2 if linear.format == "int4" else depth
+    block_n = max(2048 * warps // row_bytes // (2 if linear.gated else 1), 1)
+    programs = BUSY_PROGRAMS * 16 // warps
+    if block_n * programs < linear.N and 2 * block_n * programs >= linear.N:
+        block_n *= 2
+    shared = block_n * programs < linear.N
+    return Plan(
+        kernel="quantized_row",
+        block_n=block_n,
+        block_k=depth,
+        num_warps=warps,
+        programs=programs if shared else 0,
         pdl=pdl,
     )
 

@@ -8,6 +8,7 @@ from hf_triton_mlp.kernels.greedy import greatest_logits_kernel, next_token_kern
 from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
 from hf_triton_mlp.kernels.quantized import quantized_linear_kernel
+from hf_triton_mlp.kernels.quantized_row import quantized_row_kernel
 from hf_triton_mlp.kernels.quantized_tiled import (
     dequantize_kernel,
     quantize_rows_kernel,
@@ -39,6 +40,7 @@ __all__ = [
     "persistent_linear_kernel",
     "quantize_rows_kernel",
     "quantized_linear_kernel",
+    "quantized_row_kernel",
     "quantized_tiled_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
