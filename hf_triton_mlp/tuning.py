@@ -289,11 +289,14 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         return choose_quantized_tiled(linear, pdl)
     if linear.M == 1 and linear.K <= QUANTIZED_ROW:
         return _choose_quantized_row(linear, pdl)
-    # Of 8 warps, in registers: two programs are to fit a multiprocessor.
-    if linear.gated or (linear.zeros and linear.group < 128):
+    # Of 8 warps, in registers: as many as ptxas (CUDA 12.8) keeps there, best for two programs.
+    small = linear.zeros and linear.group < 128
+    if linear.gated:
+        stages = 1 if linear.M > 8 and linear.zeros else 2
+    elif small or (linear.M > 8 and not linear.zeros):
         stages = 2
     else:
-        stages = 4 if linear.M <= 4 and not linear.zeros else 3
+        stages = 3 if linear.M > 4 or linear.zeros else 4
     return Plan(
         kernel="quantized",
         block_m=1 << (linear.M - 1).bit_length(),
