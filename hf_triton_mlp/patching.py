@@ -527,7 +527,11 @@ def _prove(swap: _Swap) -> bool:
             unpatch = lambda twin: twin.release()  # noqa: E731
         normed = swap.config.branch_norm is not None
         scales = proof.NORMED_SCALES if normed else proof.SCALES
-        errors = proof.errors(module, attention, like, patch, unpatch, scales, quantized)
+        in_codes = quantized or any(
+            isinstance(each, QuantizedLinear) for each in spec.projections(layer)
+        )
+        rows = proof.QUANTIZED_ROWS if in_codes else (1,)
+        errors = proof.errors(module, attention, like, patch, unpatch, scales, quantized, rows)
     except Exception as error:
         if any(text in str(error) for text in NO_MEMORY):
             return False
@@ -541,7 +545,7 @@ def _prove(swap: _Swap) -> bool:
         if not proof.within_bound(found, own, dtype):
             raise ValueError(
                 f"{name}: a {type(module).__name__} computes something else than TritonMLP would: "
-                f"on a random token the error is {found:.2e}, that of torch in {dtype} is {own:.2e}"
+                f"on random tokens the error is {found:.2e}, that of torch in {dtype} is {own:.2e}"
             )
     return True
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -23,22 +24,26 @@ SCALES = (1 / 32,)
 #: Where a norm enlarges what attention returns, that must not hide what enters the layer either.
 NORMED_SCALES = (1 / 32, 1.0)
 
+#: Numbers of tokens for which quantized weights are multiplied in other ways each.
+QUANTIZED_ROWS = (1, 3, 16, 40, 136)
+
 #: As in the tests of the kernels: torch's own error may be nothing, by chance.
 ERROR_RATIO = 2
 FLOOR_EPS = 2
 
 
 class _Attention(nn.Module):
-    """Stands where a layer's attention was, and returns the same tensor for all inputs."""
+    """Stands where a layer's attention was, and returns the same `rows` for all inputs."""
 
     output: Tensor
 
     def __init__(self, output: Tensor) -> None:
         super().__init__()
         self.register_buffer("output", output)
+        self.rows = output.shape[1]
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return self.output, None
+        return self.output[:, : self.rows], None
 
 
 def can_run(module: nn.Module, attention: str | None) -> bool:
@@ -64,12 +69,14 @@ def errors(
     unpatch: Callable[[nn.Module], None],
     scales: Sequence[float] = SCALES,
     quantized: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
+    rows: Sequence[int] = (1,),
 ) -> list[tuple[float, float]]:
     """(error of `module` patched, torch's own), relative to the same in a wider dtype.
 
     module: a decoder layer, whose attention is left out, or (attention None) an MLP. like: a
     weight (…, H), whose dtype and device the probe has. scales: of what enters the layer, each
     gives a pair of errors. quantized: what takes the places of some of its linear layers first.
+    rows: how many tokens, each number with a pair of errors of its own.
     A copy is run, without the attention's weights: by its own class, patched, and in float32, or
     float64 where it is float32. On a GPU the patched copy runs the kernels, elsewhere PyTorch on
     the tensors that they would read. Only patched it has quantized weights, else what they stand
@@ -79,27 +86,33 @@ def errors(
     dtype, device = like.dtype, like.device
 
     def random() -> Tensor:
-        return torch.randn((1, 1, like.shape[-1]), generator=generator).to(device, dtype)
+        shape = 1, max(rows), like.shape[-1]
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     memo: dict[int, Any] = {id(old): copy.deepcopy(new) for old, new in quantized.items()}
     parameters = list(inspect.signature(module.forward).parameters.values())
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    stand_in = None
     if attention is None:
         probes = [[random() for _ in required]]
     else:
-        memo[id(module.get_submodule(attention))] = _Attention(ATTENTION_SCALE * random())
+        stand_in = _Attention(ATTENTION_SCALE * random())
+        memo[id(module.get_submodule(attention))] = stand_in
         x, others = random(), [None] * (len(required) - 1)
         probes = [[scale * x, *others] for scale in scales]
 
     twin = copy.deepcopy(module, memo).eval()
 
-    def run(dtype: torch.dtype) -> Tensor:
+    def run(dtype: torch.dtype) -> list[Tensor]:
         outputs = []
         with torch.autocast(device.type, enabled=False):
-            for inputs in probes:
-                output = twin.forward(*[None if x is None else x.to(dtype) for x in inputs])
+            for inputs, count in itertools.product(probes, rows):
+                if stand_in is not None:
+                    stand_in.rows = count
+                given = [None if x is None else x[:, :count].to(dtype) for x in inputs]
+                output = twin.forward(*given)
                 outputs.append(output if isinstance(output, Tensor) else output[0])
-        return torch.stack(outputs)
+        return outputs
 
     layers = dict(quantized_linears(twin))
 
@@ -113,20 +126,23 @@ def errors(
         twin.set_submodule(name, layer)
     patch(twin).proving = True
     # On a GPU the first call binds launches, which compute the second, as they do a decode step.
-    found = torch.stack((run(dtype), run(dtype)))
+    found = run(dtype), run(dtype)
     unpatch(twin)
     wide = torch.float64 if dtype is torch.float32 else torch.float32
     dequantize(wide)
     twin.to(wide)
-    exact = run(wide).double()
+    exact = run(wide)
 
-    def error(outputs: Tensor) -> list[float]:
+    def error(*outputs: list[Tensor]) -> list[float]:
         """For each probe the greatest of some outputs; NaN if one has it."""
-        distance = (outputs.double() - exact).flatten(2).norm(dim=2).amax(0)
-        size = exact.flatten(1).norm(dim=1)
-        return torch.where(size > 0, distance / size, distance).tolist()
+        greatest = []
+        for of_probe, right in zip(zip(*outputs, strict=True), exact, strict=True):
+            distance = torch.stack([(each.double() - right).norm() for each in of_probe]).amax()
+            size = right.double().norm()
+            greatest.append((distance / size if size > 0 else distance).item())
+        return greatest
 
-    return list(zip(error(found), error(own[None]), strict=True))
+    return list(zip(error(*found), error(own), strict=True))
 
 
 def within_bound(found: float, own: float, dtype: torch.dtype) -> bool:
