@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp.ops import DTYPES, VectorMatMulOp
 from hf_triton_mlp.quantization import (
     CODES,
     GROUP_SCALE,
@@ -24,8 +23,6 @@ from hf_triton_mlp.reading import read_projection
 
 #: The tensors of a QuantizedWeight, as QuantizedLinear names them.
 STORED = ("codes", "scales", "zeros")
-
-_vector_matmul = VectorMatMulOp()
 
 
 @contextmanager
@@ -43,8 +40,8 @@ class QuantizedLinear(nn.Module):
     """A linear layer whose weight (out, in) is quantized, in the place of an nn.Linear or Conv1D.
 
     Buffers: `codes`, `scales`, `zeros`, as in QuantizedWeight; the bias is a parameter as it was.
-    On a GPU kernels read them. In PyTorch it computes with the weight that they stand for, which is
-    made for each call and gone after it.
+    Patched layers run kernels that read them, once these are proven on their GPU. Called by itself
+    it computes with the weight that they stand for, which is made for each call and gone after it.
     """
 
     codes: Tensor
@@ -141,8 +138,6 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """input · weightᵀ + bias; (…, in) to (…, out)."""
-        if input.dtype in DTYPES:
-            return _vector_matmul(input, self.quantized, self.bias)
         return F.linear(input, self.quantized.dequantize(input.dtype), self.bias)
 
     def check(self, name: str) -> None:
