@@ -183,10 +183,9 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize(
-    ("tokens", "name", "dtype"),
-    [(2, "llama-3.1-8b", torch.float16), (16, "opt-1.3b", torch.bfloat16)],
+    ("tokens", "name", "dtype", "capability"),
+    [(2, "llama-3.1-8b", torch.float16, (9, 0)), (16, "opt-1.3b", torch.bfloat16, (8, 0))],
 )
 @pytest.mark.parametrize("config", QUANTIZED)
 def test_default_plans_of_quantized_weights_compile(

@@ -160,7 +160,7 @@ def test_any_format_and_size(config: str, size: tuple[int, int], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", ["tiled", "splits", "library"])
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [True] if INTERPRETED else [True, False])
 def test_many_rows(
     kernel: str, gated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +171,7 @@ def test_many_rows(
         check_linear(
             config,
             20,
-            (150, 203),
+            (136, 96 if INTERPRETED else 203),
             dtype,
             native(plans[kernel]),
             gated=gated,
@@ -225,7 +225,7 @@ def compose(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [2, 20] if INTERPRETED else [1, 2, 5, 20, 200])
+@pytest.mark.parametrize("rows", [2] if INTERPRETED else [1, 2, 5, 20, 200])
 @pytest.mark.parametrize(
     "config", ["int4 128 asymmetric"] if INTERPRETED else ["int4 128 asymmetric", "int8", "fp8"]
 )
