@@ -48,6 +48,8 @@ CONFIGS = {
 }
 #: Groups that no vector of codes is a part of.
 ODD = {**CONFIGS, "int8 17": QuantizationConfig(format="int8", group_size=17)}
+if INTERPRETED:
+    ODD = {name: ODD[name] for name in ("int8 17", "fp8", "int4 64 asymmetric")}
 
 #: Of each kind one, where the interpreter takes its time.
 SOME = ["int8", "fp8", "int4 32", "int4 128 asymmetric"] if INTERPRETED else list(CONFIGS)
@@ -64,6 +66,8 @@ FEW_PLANS = {
     "eight rows, three splits": (8, replace(FEW, block_m=8, block_n=32, splits=3)),
     "16 rows, a warp": (16, replace(FEW, block_m=16, block_k=128, num_warps=1)),
 }
+if INTERPRETED:
+    del FEW_PLANS["a row"], FEW_PLANS["16 rows, a warp"]
 
 
 def native(plan: Plan) -> Plan:
