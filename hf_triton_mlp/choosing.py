@@ -42,15 +42,15 @@ BY_LENGTH: dict[type, Callable[[Any, int], bool]] = {
     processors.SuppressTokensAtBeginLogitsProcessor: lambda p, length: length == p.begin_index,
 }
 
-#: It makes other scores by what tokens a text has, however often and where.
-REPETITION = processors.RepetitionPenaltyLogitsProcessor
-
 #: Those of them, and others, that only forbid tokens, and how they name these.
 FORBIDDING = {
     processors.MinLengthLogitsProcessor: "eos_token_id",
     processors.MinNewTokensLengthLogitsProcessor: "eos_token_id",
     processors.SuppressTokensLogitsProcessor: "suppress_tokens",
 }
+
+#: It makes other scores by what tokens a text has, however often and where.
+REPETITION = processors.RepetitionPenaltyLogitsProcessor
 
 
 class Choosing(NamedTuple):
@@ -98,7 +98,7 @@ class ProcessorsByLength:
         self._one_penalty = len(penalties) <= 1
         left_out = getattr(penalties[0], "prompt_ignore_length", None) if penalties else None
         self.ignored = torch.as_tensor(0 if left_out is None else left_out, device=device)
-        self._longest_ignored = int(self.ignored.max())
+        self._longest_ignored = 0 if left_out is None else int(self.ignored.max())
 
     def __call__(self, length: int) -> tuple[Any, ...] | None:
         """Those that do something at this length, as in Choosing; None if one is not captured."""

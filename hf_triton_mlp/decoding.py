@@ -354,10 +354,6 @@ class _Run:
         self.positions = _positions(model)
         #: How many tokens are in the cache after the prompt's forward.
         self.cached = 0
-        self.by_length = ProcessorsByLength(logits_processor, input_ids.device)
-        ended = [] if self.ends is None else self.ends.tolist()
-        pad = 0 if self.pad is None else int(self.pad)
-        self.choosing = Choosing((), self.sample, tuple(ended), pad)
         #: What chooses the tokens behind a step at present; it has the texts then.
         self.choice: Choice | None = None
 
@@ -374,6 +370,18 @@ class _Run:
         self.tokens: list[list[int]] = []
         self.launched = 0
         self.random_offsets: list[int] = []
+
+    # Both read small tensors, which greedy decoding does not wait for.
+    @functools.cached_property
+    def by_length(self) -> ProcessorsByLength:
+        """The processors, as far as they can be captured."""
+        return ProcessorsByLength(self.processors, self.input_ids.device)
+
+    @functools.cached_property
+    def choosing(self) -> Choosing:
+        """How tokens are chosen, but for the processors."""
+        ended = [] if self.ends is None else self.ends.tolist()
+        return Choosing((), self.sample, tuple(ended), 0 if self.pad is None else int(self.pad))
 
     def first_step(self) -> Step:
         """The captured step to begin with."""
