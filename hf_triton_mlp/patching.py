@@ -689,8 +689,9 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights)
     if spec.packed is not None:
         weight, _ = split_packed(spec.packed, weight)
-    up_plan = plan_linear(1, weight, gated=mlp.mlp_config.gated)
-    down_plan = plan_linear(1, (read_projection(down) or read)[0])
+    rows_dtype = None if place is None else place[0]
+    up_plan = plan_linear(1, weight, gated=mlp.mlp_config.gated, dtype=rows_dtype)
+    down_plan = plan_linear(1, (read_projection(down) or read)[0], dtype=rows_dtype)
     plan = f"decode: {up_plan}; {down_plan}"
     return PatchRow(name, replaced, dtype, device, plan, verified, "", weights)
 
