@@ -117,6 +117,7 @@ def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterat
             block_n=n,
             block_k=k,
             num_warps=warps,
+            slices=warps,
             num_stages=stages,
             splits=splits,
             pdl=pdl,

@@ -141,6 +141,9 @@ OPTIONS = {"enable_fp_fusion": True}
 #: Whose matrix units multiply fp8.
 FP8_CAPABILITY = (8, 9)
 
+#: Words that are loaded together: Triton has to know that rows of codes start at a multiple of these.
+VECTOR = 4
+
 #: What a part of a quantized weight may take as values, for cuBLAS; it stays in the L2 of an H100.
 SLAB_BYTES = 1 << 25
 
@@ -673,6 +676,7 @@ def quantized_launch(
         x, add, add2, out, codes, scales, zeros, bias,
         gate_codes, gate_scales, gate_zeros, gate[1], add_bias,
     )  # fmt: skip
+    unit = VECTOR if in_words else 1
     scalars = (
         M,
         N,
@@ -680,8 +684,8 @@ def quantized_launch(
         x.stride(0),
         0 if add is None else add.stride(0),
         0 if add2 is None else add2.stride(0),
-        codes.stride(0),
-        0 if gate_codes is None else gate_codes.stride(0),
+        codes.stride(0) // unit,
+        0 if gate_codes is None else gate_codes.stride(0) // unit,
         *scales.stride(),
     )
     tile = plan.block_m, plan.block_n, plan.block_k
@@ -704,7 +708,7 @@ def quantized_launch(
     if scales.shape[1] == 1 and zeros is None:
         use = "result"
     else:
-        use = "sums" if weight.group_size % (plan.block_k // plan.num_warps) == 0 else "weights"
+        use = "sums" if weight.group_size % (plan.block_k // plan.slices) == 0 else "weights"
     constants = (
         activation,
         weight.format,
@@ -713,6 +717,7 @@ def quantized_launch(
         128 if weight.format == "int4" else 64,
         *tile,
         plan.num_warps,
+        plan.slices,
         plan.num_stages,
         plan.splits,
         N % plan.block_n == 0,
@@ -747,8 +752,8 @@ def quantized_row_launch(
         x, add, add2, carry, out, codes, scales, zeros, bias,
         gate_codes, gate_scales, gate_zeros, gate[1], norm_weight, norm_bias, add_bias,
     )  # fmt: skip
-    gate_stride = 0 if gate_codes is None else gate_codes.stride(0)
-    scalars = (N, K, codes.stride(0), gate_stride, *scales.stride(), eps)
+    gate_stride = 0 if gate_codes is None else gate_codes.stride(0) // VECTOR
+    scalars = (N, K, codes.stride(0) // VECTOR, gate_stride, *scales.stride(), eps)
     blocks = -(-N // plan.block_n)
     shared = plan.programs if plan.programs < blocks else 0
     whole_rows = scales.shape[1] == 1 and zeros is None

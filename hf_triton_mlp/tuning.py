@@ -28,7 +28,7 @@ DECODE_ROWS = 16
 #: unit (TF32 is not IEEE), is multiplied by them; more rows would be bound by them.
 SKINNY_ROWS = 4
 
-#: How deep a tile of "quantized" is for each warp, at least.
+#: How deep a tile of "quantized" is for each slice, at least.
 QUANTIZED_DEPTH = 128
 
 #: Values of a row that a thread of "quantized" has from one group.
@@ -86,7 +86,7 @@ class Plan:
     takes no parameters). For quantized weights: "quantized_row" (one row, which block_k holds as a
     whole), "quantized" (up to 16 rows), "tiled" and "library".
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
-    `slices` such depths side by side; "stream" keeps `num_stages` tiles of weights on their way,
+    `slices` such depths side by side, "quantized" shares a tile's depth among so many warps; "stream" keeps `num_stages` tiles of weights on their way,
     and its warps share a tile's depth; "tiled" gives each tile to `splits` programs; "skinny", if
     K is one block, and "stream" share the columns among `programs`, 0 for one block each;
     "persistent" shares `splits` parts of each tile among `programs`.
@@ -159,7 +159,11 @@ class Plan:
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least} for {self}")
         if self.kernel == "quantized":
-            least_of = {"block_n": 16, "block_k": QUANTIZED_DEPTH * self.num_warps}
+            least_of = {
+                "block_n": 16 * max(self.num_warps // self.slices, 1),
+                "block_k": QUANTIZED_DEPTH * self.slices,
+                "num_warps": self.slices,
+            }
             for name, least in least_of.items():
                 if getattr(self, name) < least:
                     raise ValueError(f"{name} must be at least {least} for {self}")
@@ -303,6 +307,7 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         block_n=16,
         block_k=8 * QUANTIZED_DEPTH,
         num_warps=8,
+        slices=8,
         num_stages=stages,
         splits=_splits(-(-linear.N // 16), 2 * BUSY_PROGRAMS),
         pdl=pdl,

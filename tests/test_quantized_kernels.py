@@ -58,13 +58,13 @@ SOME = ["int8", "fp8", "int4 32", "int4 128 asymmetric"] if INTERPRETED else lis
 SIZES = [(40, 352)] if INTERPRETED else [(40, 352), (4090, 4128)]
 ODD_SIZES = [(45, 203)] if INTERPRETED else [(45, 203), (1001, 4099)]
 
-FEW = Plan(kernel="quantized", block_n=16, block_k=256, num_warps=2, num_stages=2)
+FEW = Plan(kernel="quantized", block_n=16, block_k=256, num_warps=2, slices=2, num_stages=2)
 #: Rows up to which each goes, and its parameters.
 FEW_PLANS = {
     "a row": (1, FEW),
     "three rows, more stages than tiles": (3, replace(FEW, block_m=4, num_stages=4)),
-    "eight rows, three splits": (8, replace(FEW, block_m=8, block_n=32, splits=3)),
-    "16 rows, a warp": (16, replace(FEW, block_m=16, block_k=128, num_warps=1)),
+    "eight rows, two warps a slice, three splits": (8, replace(FEW, block_m=8, block_n=64, num_warps=4, splits=3)),
+    "16 rows, a warp": (16, replace(FEW, block_m=16, block_k=128, num_warps=1, slices=1)),
 }
 if INTERPRETED:
     del FEW_PLANS["a row"], FEW_PLANS["16 rows, a warp"]
@@ -238,7 +238,7 @@ def test_mlps(config: str, rows: int, dtype: torch.dtype, monkeypatch: pytest.Mo
         library = Plan(kernel="library")
         monkeypatch.setattr(tuning, "plan", lambda *arguments: library)
     elif INTERPRETED and dtype != torch.float32:  # which takes its time for large tiles
-        small = replace(FEW, block_m=2, block_k=128, num_warps=1)
+        small = replace(FEW, block_m=2, block_k=128, num_warps=1, slices=1)
         monkeypatch.setattr(tuning, "plan", lambda *arguments: small)
     hidden, intermediate = (96, 64) if INTERPRETED else (1024, 2080)
     for gated, norm, pre_norm, bias in (

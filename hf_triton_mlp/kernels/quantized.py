@@ -24,19 +24,30 @@ FOUR_IN_A_ROW = tl.constexpr(
 
 @triton.jit
 def code_indices(
-    HIGH: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, WIDTH: tl.constexpr
+    HIGH: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SLICES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Row and place of what is stored of a tile's codes, (HIGH * CHUNKS * SLICES * 8, 1) and
-    (…, WIDTH). A warp has 8 rows of one slice: 4 threads a row, 16 bytes a thread.
+    """Row and place of what is stored of a tile's codes, (HIGH * CHUNKS * WARPS * 8, 1) and
+    (…, WIDTH). A warp has 8 rows of one slice at a time: 4 threads a row, 16 bytes a thread.
     """
-    i = tl.arange(0, HIGH * CHUNKS * SLICES * 8)[:, None]
-    row = i // (CHUNKS * SLICES * 8) * 8 + i % 8
-    chunk = i // 8 % SLICES * CHUNKS + i // (SLICES * 8) % CHUNKS
+    i = tl.arange(0, HIGH * CHUNKS * WARPS * 8)[:, None]
+    warp = i // 8 % WARPS
+    row = (warp // SLICES * HIGH + i // (CHUNKS * WARPS * 8)) * 8 + i % 8
+    chunk = warp % SLICES * CHUNKS + i // (WARPS * 8) % CHUNKS
     return row, chunk * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
-def row_indices(ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, SPAN: tl.constexpr):
+def row_indices(
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WARPS: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPAN: tl.constexpr,
+):
     """Row and k of the values of a tile of x as `as_fragment` wants them, and where k's vector is.
 
     A product of the matrix units has 8 columns (of the transposed output), which are 8 rows of x,
@@ -48,12 +59,12 @@ def row_indices(ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, 
     OWN: tl.constexpr = CHUNKS * SPAN // 4 // CLASSES
     WIDTH: tl.constexpr = min(8, OWN)
     PARTS: tl.constexpr = OWN // WIDTH
-    i = tl.arange(0, COLUMNS // 8 * PARTS * SLICES * 8)[:, None]
-    column = i // (PARTS * SLICES * 8) * 8 + i % 8
+    i = tl.arange(0, COLUMNS // 8 * PARTS * WARPS * 8)[:, None]
+    column = i // (PARTS * WARPS * 8) * 8 + i % 8
     slice = i // 8 % SLICES
     # Of the values of a thread in a slice, which are SPAN / 4 in a row of each chunk.
     VECTORS: tl.constexpr = SPAN // 4 // WIDTH
-    first = column // ROWS * PARTS + i // (SLICES * 8) % PARTS
+    first = column // ROWS * PARTS + i // (WARPS * 8) % PARTS
     first_k = (slice * CHUNKS + first // VECTORS) * SPAN + first % VECTORS * WIDTH
     j = tl.arange(0, 4 * WIDTH)[None, :]
     first_k += j // WIDTH * (SPAN // 4)
@@ -67,7 +78,7 @@ def weight_values(
     DTYPE: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """A tile of codes as values in DTYPE, (HIGH * CHUNKS * SLICES * 8, 4, SPAN / 4)."""
+    """A tile of codes as values in DTYPE, (HIGH * CHUNKS * WARPS * 8, 4, SPAN / 4)."""
     TILE: tl.constexpr = codes.shape[0]
     words = tl.reshape(codes, (TILE, 4, codes.shape[1] // 4))
     if FORMAT == "int4":
@@ -81,27 +92,27 @@ def as_matrix(
     values,
     HIGH: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SLICES: tl.constexpr,
+    WARPS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Values of `weight_values` as (SLICES, rows, depth), depth in the order of the fragments.
+    """Values of `weight_values` as (WARPS, rows, depth), depth in the order of the fragments.
 
     A thread has two in a row there, and again for the same product; or FOUR_IN_A_ROW and again,
     two of these and two of those being of one product.
     """
-    values = tl.reshape(values, (HIGH, CHUNKS, SLICES, 8, 4, SPAN // 32, 2, 2, 2))
+    values = tl.reshape(values, (HIGH, CHUNKS, WARPS, 8, 4, SPAN // 32, 2, 2, 2))
     if FOUR_IN_A_ROW:
         values = tl.permute(values, (2, 0, 3, 1, 5, 7, 4, 6, 8))
     else:
         values = tl.permute(values, (2, 0, 3, 1, 5, 6, 7, 4, 8))
-    return tl.reshape(values, (SLICES, HIGH * 8, CHUNKS * SPAN))
+    return tl.reshape(values, (WARPS, HIGH * 8, CHUNKS * SPAN))
 
 
 @triton.jit
 def as_fragment(
-    tile, ROWS: tl.constexpr, CHUNKS: tl.constexpr, SLICES: tl.constexpr, SPAN: tl.constexpr
+    tile, ROWS: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, SPAN: tl.constexpr
 ):
-    """A tile of x as (SLICES, depth, columns), depth in the same order.
+    """A tile of x as (WARPS, depth, columns), depth in the same order.
 
     Where there are several columns for a row, each has zeros where others have its values.
     """
@@ -111,24 +122,24 @@ def as_fragment(
     WIDTH: tl.constexpr = min(8, OWN)
     PARTS: tl.constexpr = OWN // WIDTH
     STEPS: tl.constexpr = OWN // 4
-    tile = tl.reshape(tile, (COLUMNS // 8, PARTS, SLICES, 8, 4, WIDTH // 4, 2, 2))
+    tile = tl.reshape(tile, (COLUMNS // 8, PARTS, WARPS, 8, 4, WIDTH // 4, 2, 2))
     tile = tl.permute(tile, (2, 1, 5, 6, 4, 7, 0, 3))
-    tile = tl.reshape(tile, (SLICES, 1, STEPS, 2, 4, 2, COLUMNS))
+    tile = tl.reshape(tile, (WARPS, 1, STEPS, 2, 4, 2, COLUMNS))
     if CLASSES > 1:
         column = tl.arange(0, COLUMNS)[None, :]
         kept = tl.where(column // ROWS == tl.arange(0, CLASSES)[:, None], -1, 0).to(tl.int16)
         kept = tl.reshape(kept, (1, CLASSES, 1, 1, 1, 1, COLUMNS))
-        shape: tl.constexpr = (SLICES, CLASSES, STEPS, 2, 4, 2, COLUMNS)
+        shape: tl.constexpr = (WARPS, CLASSES, STEPS, 2, 4, 2, COLUMNS)
         tile = where_kept(tl.broadcast_to(kept, shape), tl.broadcast_to(tile, shape))
     if FOUR_IN_A_ROW:
-        tile = tl.reshape(tile, (SLICES, CLASSES * STEPS // 2, 2, 2, 4, 2, COLUMNS))
+        tile = tl.reshape(tile, (WARPS, CLASSES * STEPS // 2, 2, 2, 4, 2, COLUMNS))
         tile = tl.permute(tile, (0, 1, 3, 4, 2, 5, 6))
-    return tl.reshape(tile, (SLICES, CHUNKS * SPAN, COLUMNS))
+    return tl.reshape(tile, (WARPS, CHUNKS * SPAN, COLUMNS))
 
 
 @triton.jit
 def multiply(w, x, acc):
-    """acc + w · x for each slice of K."""
+    """acc + w · x for each warp."""
     if INTERPRETED:
         # The interpreter (3.6 … 3.9) multiplies the raw 16-bit integers of bfloat16 operands.
         return tl.dot(w.to(tl.float32), x.to(tl.float32), acc)
@@ -137,20 +148,20 @@ def multiply(w, x, acc):
 
 
 @triton.jit
-def spread_scales(scales, HIGH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
-    """Scales (4, HIGH * SLICES * 8), alike in a column, as (SLICES, rows, COLUMNS) in float32.
+def spread_scales(scales, HIGH: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Scales (4, HIGH * WARPS * 8), alike in a column, as (WARPS, rows, COLUMNS) in float32.
 
     Each of the 4 threads of a row has loaded what it multiplies its sums by.
     """
-    scales = tl.reshape(scales.to(tl.float32), (4, HIGH, SLICES, 8))
-    scales = tl.reshape(tl.permute(scales, (2, 1, 3, 0)), (SLICES, HIGH * 8, 1, 4, 1))
-    scales = tl.broadcast_to(scales, (SLICES, HIGH * 8, COLUMNS // 8, 4, 2))
-    return tl.reshape(scales, (SLICES, HIGH * 8, COLUMNS))
+    scales = tl.reshape(scales.to(tl.float32), (4, HIGH, WARPS, 8))
+    scales = tl.reshape(tl.permute(scales, (2, 1, 3, 0)), (WARPS, HIGH * 8, 1, 4, 1))
+    scales = tl.broadcast_to(scales, (WARPS, HIGH * 8, COLUMNS // 8, 4, 2))
+    return tl.reshape(scales, (WARPS, HIGH * 8, COLUMNS))
 
 
 @triton.jit
 def first_rows(w, ROWS: tl.constexpr):
-    """The first ROWS of the rows of w (slices, rows, depth)."""
+    """The first ROWS of the rows of w (warps, rows, depth)."""
     if w.shape[1] == ROWS:
         return w
     else:
@@ -161,18 +172,18 @@ def first_rows(w, ROWS: tl.constexpr):
 
 @triton.jit
 def sum_rows(w, x):
-    """Sums over the depth of x, (SLICES, rows of w, columns), alike in a column.
+    """Sums over the depth of x, (WARPS, rows of w, columns), alike in a column.
 
     The matrix units put them into the threads that have the sums of products; ones made from 16
     rows of w have its layout.
     """
-    SLICES: tl.constexpr = w.shape[0]
+    WARPS: tl.constexpr = w.shape[0]
     COLUMNS: tl.constexpr = x.shape[2]
     ones = ones_like(first_rows(w, 16))
-    sums = multiply(ones, x, tl.zeros((SLICES, 16, COLUMNS), tl.float32))
-    sums = tl.reshape(sums, (SLICES, 1, 16, COLUMNS))
-    sums = tl.broadcast_to(sums, (SLICES, w.shape[1] // 16, 16, COLUMNS))
-    return tl.reshape(sums, (SLICES, w.shape[1], COLUMNS))
+    sums = multiply(ones, x, tl.zeros((WARPS, 16, COLUMNS), tl.float32))
+    sums = tl.reshape(sums, (WARPS, 1, 16, COLUMNS))
+    sums = tl.broadcast_to(sums, (WARPS, w.shape[1] // 16, 16, COLUMNS))
+    return tl.reshape(sums, (WARPS, w.shape[1], COLUMNS))
 
 
 @triton.jit
@@ -186,10 +197,10 @@ def multiply_tile(
     SCALES: tl.constexpr,
     HIGH: tl.constexpr,
     CHUNKS: tl.constexpr,
-    SLICES: tl.constexpr,
+    WARPS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """acc + W · x for each slice of K: (SLICES, BLOCK_N, columns); x from `as_fragment`.
+    """acc + W · x for each warp: (WARPS, rows, columns); x from `as_fragment`.
 
     groups: its scales, if these do not multiply the result, and zeros, if there are any. Where
     scales multiply sums, zeros do: x_sums are x's, empty if there are none yet. Returns them too.
@@ -204,23 +215,25 @@ def multiply_tile(
             most = zero.to(DTYPE)
             values = values - most - (zero - most.to(tl.float32)).to(DTYPE)
         values = values * tl.trans(groups[0])[:, :, None].to(DTYPE)
-    w = as_matrix(values, HIGH, CHUNKS, SLICES, SPAN)
+    w = as_matrix(values, HIGH, CHUNKS, WARPS, SPAN)
     if SCALES == "sums":
         part = multiply(w, x, tl.zeros(acc.shape, tl.float32))
         if len(groups) > 1:
             if len(x_sums) == 0:
                 x_sums = (sum_rows(w, x),)
-            part -= x_sums[0] * (spread_scales(groups[1], HIGH, SLICES, acc.shape[2]) - 8.0)
-        acc += part * spread_scales(groups[0], HIGH, SLICES, acc.shape[2])
+            part -= x_sums[0] * (spread_scales(groups[1], HIGH, WARPS, acc.shape[2]) - 8.0)
+        acc += part * spread_scales(groups[0], HIGH, WARPS, acc.shape[2])
     else:
         acc = multiply(w, x, acc)
     return acc, x_sums
 
 
 @triton.jit
-def sum_columns(acc, ROWS: tl.constexpr):
+def sum_columns(acc, ROWS: tl.constexpr, SLICES: tl.constexpr):
     """The sums (ROWS, BLOCK_N) of all slices' and of all columns of a row."""
-    y = tl.trans(tl.sum(acc, axis=0))
+    PARTS: tl.constexpr = acc.shape[0] // SLICES
+    acc = tl.sum(tl.reshape(acc, (PARTS, SLICES, acc.shape[1], acc.shape[2])), axis=1)
+    y = tl.trans(tl.reshape(acc, (PARTS * acc.shape[1], acc.shape[2])))
     if y.shape[0] > ROWS:
         y = tl.sum(tl.reshape(y, (y.shape[0] // ROWS, ROWS, y.shape[1])), axis=0)
     return y
@@ -316,6 +329,7 @@ def quantized_linear_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -326,21 +340,21 @@ def quantized_linear_kernel(
     """out = act(x · Wᵀ + b) [gated] + add + add2 + add_bias of a QuantizedWeight, M <= ROWS rows.
 
     x: (M, K); add, add2: (M, N), by row strides; biases: (N,); out: (M, N), contiguous.
-    W: codes in int32 words of 8 or 4, (N, K / that), by row stride, in whole vectors of 16 bytes;
-    scales, zeros: (N, groups), by strides stride_sn and stride_sg. GROUP: values of a row that
+    W: codes in int32 words of 8 or 4, (N, K / that), by row strides in vectors of 16 bytes; scales,
+    zeros: (N, groups), by strides stride_sn and stride_sg. GROUP: values of a row that
     share one. SCALES says what these multiply: "result" (one for a row), "sums" of parts of groups,
     as far as they are in a tile's slice, or "weights".
 
-    A program computes BLOCK_N outputs. Each of SLICES warps (all there are) multiplies its part of
-    every BLOCK_K of K, chunks of SPAN values: 16 bytes of codes in each of 4 threads. As in
-    `stream_linear_kernel` nothing moves between threads, since a sum over K may be taken in any
-    order. W is the left operand here, so that a thread's codes and its sums are of the same
+    A program computes BLOCK_N outputs. SLICES of its WARPS (all there are) multiply each a part of
+    every BLOCK_K of K, chunks of SPAN values: 16 bytes of codes in each of 4 threads. The others
+    do so for other outputs, with the same values of x. As in `stream_linear_kernel` nothing moves
+    between threads, since a sum over K may be taken in any order. W is the left operand here, so that a thread's codes and its sums are of the same
     outputs, as is the scale that it loads. STAGES tiles are on their way.
 
     SPLITS > 1: as many programs share each block, and out is (SPLITS, M, N), gated twice that, in
     float32 as in `tiled_linear_kernel`. PDL, EARLY: as in `stream`. EVEN: N is whole blocks.
     """
-    HIGH: tl.constexpr = BLOCK_N // 8
+    HIGH: tl.constexpr = BLOCK_N * SLICES // (8 * WARPS)
     COLUMNS: tl.constexpr = max(ROWS, 8)
     CHUNKS: tl.constexpr = BLOCK_K // (SLICES * SPAN)
     # In a word.
@@ -356,18 +370,18 @@ def quantized_linear_kernel(
     first_k = split * tiles * BLOCK_K
     left = tl.minimum(K - first_k, tiles * BLOCK_K)
     stored = left // CODES
-    row, column = code_indices(HIGH, CHUNKS, SLICES, SPAN // CODES)
+    row, column = code_indices(HIGH, CHUNKS, WARPS, SLICES, SPAN // CODES)
     row += pid * BLOCK_N
     vector = column // 4 * 4
     inside = row < N
-    pointers = w_ptr + (first_k // CODES) + row.to(tl.int64) * stride_wn + column
+    pointers = w_ptr + (first_k // CODES) + row.to(tl.int64) * (stride_wn * 4) + column
     matrices = ((pointers, inside, vector, stored),)
     if GATED:
-        pointers = gate_w_ptr + (first_k // CODES) + row.to(tl.int64) * stride_gn + column
+        pointers = gate_w_ptr + (first_k // CODES) + row.to(tl.int64) * (stride_gn * 4) + column
         matrices += ((pointers, inside, vector, stored),)
     # Sums are of whole slices, weights of threads.
     SCALED: tl.constexpr = CHUNKS if SCALES == "weights" else 1
-    row_s, k_s = code_indices(HIGH, SCALED, SLICES, 4)
+    row_s, k_s = code_indices(HIGH, SCALED, WARPS, SLICES, 4)
     row_s = tl.trans(row_s) + pid * BLOCK_N
     k_s = tl.trans(k_s)
     if SCALES == "sums":
@@ -384,7 +398,7 @@ def quantized_linear_kernel(
             groups += ((zero_ptr + place, row_s < N, k_s, last_k, stride_sg),)
             if GATED:
                 groups += ((gate_zero_ptr + place, row_s < N, k_s, last_k, stride_sg),)
-    row_x, k_x, vector_x = row_indices(ROWS, CHUNKS, SLICES, SPAN)
+    row_x, k_x, vector_x = row_indices(ROWS, CHUNKS, WARPS, SLICES, SPAN)
     row_x = tl.minimum(row_x, M - 1)
     inputs = (x_ptr + first_k + row_x.to(tl.int64) * stride_x + k_x, row_x < M, vector_x, left)
     rows = tl.arange(0, ROWS)[:, None]
@@ -410,7 +424,7 @@ def quantized_linear_kernel(
     if PDL and not EARLY:
         gdc_launch_dependents()
 
-    acc = tl.zeros((SLICES, BLOCK_N, COLUMNS), tl.float32)
+    acc = tl.zeros((WARPS, HIGH * 8, COLUMNS), tl.float32)
     gate_acc = acc
     for first in range(0, tiles, STAGES):
         following = ()
@@ -419,7 +433,7 @@ def quantized_linear_kernel(
             # It comes from the L2: what other warps do meanwhile hides that.
             x += (load_tile(inputs, (first + i) * BLOCK_K, True, ""),)
         for i in tl.static_range(STAGES):
-            fragment = as_fragment(x[i], ROWS, CHUNKS, SLICES, SPAN)
+            fragment = as_fragment(x[i], ROWS, CHUNKS, WARPS, SPAN)
             of_groups = loaded[i][MATRICES:]
             acc, x_sums = multiply_tile(
                 loaded[i][0],
@@ -431,7 +445,7 @@ def quantized_linear_kernel(
                 SCALES,
                 HIGH,
                 CHUNKS,
-                SLICES,
+                WARPS,
                 SPAN,
             )
             if GATED:
@@ -445,17 +459,17 @@ def quantized_linear_kernel(
                     SCALES,
                     HIGH,
                     CHUNKS,
-                    SLICES,
+                    WARPS,
                     SPAN,
                 )
             t = first + STAGES + i
             following += (load_tiles(matrices, groups, t, BLOCK_K, STORED_K, GROUP, EVEN),)
         loaded = following
 
-    y = sum_columns(acc, ROWS)
+    y = sum_columns(acc, ROWS, SLICES)
     gate = gate_b
     if GATED:
-        gate += sum_columns(gate_acc, ROWS) * row_scales(gate_scale_ptr, offs, N, GROUPED)
+        gate += sum_columns(gate_acc, ROWS, SLICES) * row_scales(gate_scale_ptr, offs, N, GROUPED)
     y = y * row_scales(scale_ptr, offs, N, GROUPED) + b
     mask = mask_m & (offs < N)
     if SPLITS > 1:

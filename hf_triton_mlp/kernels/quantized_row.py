@@ -94,8 +94,8 @@ def load_block(
     c = i % CHUNKS
     # Of a block 32 bits are enough, and they stay the same.
     first_n = tl.cast(first_n, tl.int64)
-    w_ptr += first_n * stride_wn
-    places = (n * stride_wn + c * 4)[:, None] + tl.arange(0, 4)[None, :]
+    w_ptr += first_n * (stride_wn * 4)
+    places = (n * (stride_wn * 4) + c * 4)[:, None] + tl.arange(0, 4)[None, :]
     mask = i >= 0
     if not EVEN:
         mask = mask & (n < N - first_n)
@@ -227,8 +227,8 @@ def quantized_row_kernel(
 ):
     """What `skinny_linear_kernel` computes, of a QuantizedWeight, for one row.
 
-    W: codes (N, K) in int32 words, with row stride stride_wn; scales, zeros: (N, groups), by
-    strides stride_sn and stride_sg. GROUP: values of a row that share one, a multiple of CHUNK,
+    W: codes (N, K) in int32 words, by a row stride in vectors of 16 bytes; scales, zeros:
+    (N, groups), by strides stride_sn and stride_sg. GROUP: values of a row that share one, a multiple of CHUNK,
     the codes in 16 bytes; 0 for whole rows, whose scales multiply the results.
 
     BLOCK_K >= K: the row is in registers as a whole, in float32, and each thread has the values

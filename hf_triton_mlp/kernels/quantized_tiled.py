@@ -162,6 +162,15 @@ def dequantize_kernel(
 
 
 @triton.jit
+def add_product(acc, w, x, none):
+    """acc + w · x; in float32 sums of tiles are added up, which errs less than one long sum."""
+    if x.dtype == tl.float32:
+        return acc + tl.dot(w, x, none, input_precision="ieee")
+    else:
+        return tl.dot(w, x, acc, input_precision="ieee")
+
+
+@triton.jit
 def quantized_tiled_kernel(
     x_ptr,
     add_ptr,
@@ -226,7 +235,9 @@ def quantized_tiled_kernel(
     mask_m = offs_m[None, :] < M
     DTYPE: tl.constexpr = tl.float32 if INTERPRETED else x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    gate_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    gate_acc = acc
+    # Zeros that Triton does not know to be any: it would add each product to the sum so far.
+    none = tl.full((BLOCK_N, BLOCK_M), (first_k < 0).to(tl.float32), tl.float32)
     for k in range(first_k, tl.minimum(first_k + part, K), BLOCK_K):
         mask = mask_m if EVEN else mask_m & (offs_k < K - k)[:, None]
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(DTYPE)
@@ -235,14 +246,14 @@ def quantized_tiled_kernel(
             FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         w = w.to(x_ptr.dtype.element_ty).to(DTYPE)
-        acc = tl.dot(w, x, acc, input_precision="ieee")
+        acc = add_product(acc, w, x, none)
         if gate_w_ptr is not None:
             g = load_values(
                 gate_w_ptr, gate_scale_ptr, gate_zero_ptr, offs_n, k, N, K, stride_gn, stride_sn,
                 stride_sg, FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             g = g.to(x_ptr.dtype.element_ty).to(DTYPE)
-            gate_acc = tl.dot(g, x, gate_acc, input_precision="ieee")
+            gate_acc = add_product(gate_acc, g, x, none)
         x_ptrs += BLOCK_K
     store_tile(
         tl.trans(acc),
