@@ -13,13 +13,17 @@ from hf_triton_mlp.launchers import (
     NO_SUMMANDS,
     BranchNorm,
     Launch,
+    MLPWeights,
     Norm,
     Summands,
+    branch_normed_mlp,
     executable,
     launch,
+    linear,
     linear_launch,
     norm_launch,
     norm_sum_launch,
+    normed_mlp,
     on_device,
     plan_linear,
     scaled_add_launch,
@@ -42,6 +46,11 @@ class BoundLaunches(NamedTuple):
     offsets: tuple[int, ...]
 
 
+#: What it does where a product is cuBLAS's: a function of rows (tokens, H) for input, residual and
+#: normed, the weights and plans being known.
+BoundCall = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+
 class BoundMLP:
     """An MLP as launches with everything bound but the addresses of the rows.
 
@@ -56,8 +65,8 @@ class BoundMLP:
         """up: the weight of this projection; dtype: what a call's tensors have."""
         self.intermediate, self.hidden = up.shape
         self.device_index, self.dtype = up.device.index, dtype
-        #: None where the launches of every call have to do: a product is cuBLAS's, say.
-        self._bound: dict[tuple[int, bool, bool, bool], BoundLaunches | None] = {}
+        #: None where the launches of every call have to do.
+        self._bound: dict[tuple[int, bool, bool, bool], BoundLaunches | BoundCall | None] = {}
         self._seen: set[int] = set()
 
     def __call__(
@@ -87,6 +96,9 @@ class BoundMLP:
             or runtime.launch_exit_hook.calls
         ):
             return None
+        if not isinstance(bound, BoundLaunches):
+            given = (None if t is None else t.view(M, -1) for t in (residual, normed))
+            return bound(input.view(M, -1), *given).view(input.shape)
         out = torch.empty_like(input)
         stream = torch._C._cuda_getCurrentRawStream(self.device_index)
         # torch.cuda.caching_allocator_alloc without its checks: half the time of a tensor.
@@ -105,23 +117,23 @@ class BoundMLP:
         input: Tensor,
         residual: Tensor | None,
         normed: Tensor | None,
-        up: tuple[Weight, Tensor | None],
-        gate: tuple[Weight | None, Tensor | None],
-        down: tuple[Weight, Tensor | None],
+        weights: MLPWeights,
         *,
         activation: str,
-        norm: tuple[str, Tensor | None, Tensor | None, float] | None,
-        carry_normed: bool,
-        branch_scale: float,
-        branch_norm: tuple[str, Tensor | None, Tensor | None, float] | None = None,
+        norm: str | None,
+        norm_eps: float,
+        pre_norm: bool = True,
+        branch_scale: float = 1.0,
+        branch_norm: str | None = None,
         early: bool,
     ) -> None:
         """Bind the launches for calls with as many rows as these tensors have, if it is time to.
 
-        norm: (kind, weight, bias, eps) in front of the MLP or None, as it is with `normed`;
-        carry_normed as in `Norm`; branch_scale: as in MLPConfig; branch_norm: (kind, attention's
-        weight, the MLP's, eps) of what joins a residual; early: as in `TritonMLP.forward`.
+        norm: in front of the MLP, None with `normed`; it, its eps, pre_norm, branch_scale and
+        branch_norm are as in MLPConfig; early: as in `TritonMLP.forward`.
         """
+        w = weights
+        up, gate, down = (w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias)
         M = input.numel() // self.hidden
         key = M, residual is None, normed is None, early
         if key in self._bound:
@@ -149,6 +161,22 @@ class BoundMLP:
                 plan_linear(M, down[0], dtype=x.dtype), hidden, down[0], None, joined
             )
             if "library" in (up_plan.kernel, down_plan.kernel):
+
+                def by_library(x: Tensor, r: Tensor | None, u: Tensor | None) -> Tensor:
+                    kinds: Any = {"activation": activation, "norm_eps": norm_eps}
+                    if branch_norm is not None:
+                        kinds |= {"norm": norm, "branch_norm": branch_norm}
+                        return branch_normed_mlp(x, r, None, weights, **kinds)
+                    if norm is not None:
+                        kinds |= {"norm": norm, "pre_norm": pre_norm, "branch_scale": branch_scale}
+                        plans = up_plan, down_plan
+                        return normed_mlp(x, r, None, weights, **kinds, plans=plans, early=early)
+                    source, summands = (x, Summands(r)) if u is None else (u, Summands(x, r))
+                    kinds = {"gate": gate, "activation": activation}
+                    hidden = linear(source, *up, **kinds, plan=up_plan, waited=early)
+                    return linear(hidden, *down, summands=summands, plan=down_plan, waited=True)
+
+                self._bound[key] = by_library
                 return
             calls: list[Launch] = []
 
@@ -179,20 +207,21 @@ class BoundMLP:
                 work += [source, branch]
                 calls.append(scaled_add_launch(r, x, None, branch_scale, source))
             if branch_norm is not None:
-                kind, attention_weight, output_weight, eps = branch_norm
-                attention_norm = BranchNorm(kind, eps, attention_weight, carry)
-                output_norm = BranchNorm(kind, eps, output_weight, out)
+                kinds = branch_norm, norm_eps
+                attention_norm = BranchNorm(*kinds, w.attention_norm_weight, carry)
+                output_norm = BranchNorm(*kinds, w.output_norm_weight, out)
                 source, branch = carry, torch.empty_like(x)
                 work.append(branch)
                 if norm is not None:
                     source = norm_of_x
-                    attention_norm = attention_norm._replace(next_weight=norm[1], normed=source)
+                    next_norm = {"next_weight": w.norm_weight, "normed": source}
+                    attention_norm = attention_norm._replace(**next_norm)
                 calls.append(norm_sum_launch(x, None, r, attention_norm, pdl=up_plan.pdl))
             elif norm is not None:
-                before, summands = Norm(*norm, carry, carry_normed), Summands(added)
-                carried = Summands(carry)
+                before = Norm(norm, w.norm_weight, w.norm_bias, norm_eps, carry, not pre_norm)
+                summands, carried = Summands(added), Summands(carry)
                 if not up_plan.fuses_norm:
-                    total, source = source, carry if carry_normed else norm_of_x
+                    total, source = source, norm_of_x if pre_norm else carry
                     calls.append(norm_launch(total, added, None, before, source, pdl=up_plan.pdl))
                     before, summands = None, NO_SUMMANDS
             add(up_plan, source, up, gate, activation, before, summands, hidden)

@@ -141,7 +141,7 @@ OPTIONS = {"enable_fp_fusion": True}
 #: Whose matrix units multiply fp8.
 FP8_CAPABILITY = (8, 9)
 
-#: Words that are loaded together: Triton has to know that rows of codes start at a multiple of these.
+#: Words in a vector of 16 bytes. Triton has to know that rows of codes start with one.
 VECTOR = 4
 
 #: What a part of a quantized weight may take as values, for cuBLAS; it stays in the L2 of an H100.

@@ -614,26 +614,18 @@ class TritonMLP(StandIn):
         if self._bound is None or not self._bound.unchanged(parts):
             launches = BoundMLP(weights.up, input.dtype)
             self._bound = BoundParts(self, parts, config.norm_eps, launches)
-        w, kind, branch_kind = weights, self._mlp_gemm.norm, config.branch_norm
-        before = branches = None
-        if self._has_norms(norm, branch_norms):
-            if kind is not None:
-                before = kind, w.norm_weight, w.norm_bias, config.norm_eps
-            if branch_kind is not None:
-                branch_weights = w.attention_norm_weight, w.output_norm_weight
-                branches = branch_kind, *branch_weights, config.norm_eps
+        normed = self._has_norms(norm, branch_norms)
         self._bound.launches.bind(
             input,
             residual,
             residual_norm,
-            (w.up, w.up_bias),
-            (w.gate, w.gate_bias),
-            (w.down, w.down_bias),
+            weights,
             activation=config.activation,
-            norm=before,
-            carry_normed=not config.pre_norm,
+            norm=self._mlp_gemm.norm if normed else None,
+            norm_eps=config.norm_eps,
+            pre_norm=config.pre_norm,
             branch_scale=config.branch_scale,
-            branch_norm=branches,
+            branch_norm=config.branch_norm if normed else None,
             early=early,
         )
 

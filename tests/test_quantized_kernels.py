@@ -63,7 +63,10 @@ FEW = Plan(kernel="quantized", block_n=16, block_k=256, num_warps=2, slices=2, n
 FEW_PLANS = {
     "a row": (1, FEW),
     "three rows, more stages than tiles": (3, replace(FEW, block_m=4, num_stages=4)),
-    "eight rows, two warps a slice, three splits": (8, replace(FEW, block_m=8, block_n=64, num_warps=4, splits=3)),
+    "eight rows, two warps a slice, three splits": (
+        8,
+        replace(FEW, block_m=8, block_n=64, num_warps=4, splits=3),
+    ),
     "16 rows, a warp": (16, replace(FEW, block_m=16, block_k=128, num_warps=1, slices=1)),
 }
 if INTERPRETED:
