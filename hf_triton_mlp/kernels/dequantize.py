@@ -5,42 +5,34 @@ import triton.language as tl
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
 
-#: Two words of eight codes each to eight registers of two halves. 0x6400 is 1024 in float16, whose
-#: last digit is worth 1: what is put into its low bits is added to it, four bits further up 16
-#: times. Then 1032 is subtracted, 1024 and the 8 that codes are stored plus.
-INT4_TO_FLOAT16 = tl.constexpr(
-    "{ .reg .b32 mask, high, one, bias, sixteenth, shifted, t;"
-    " mov.b32 mask, 0x000f000f; mov.b32 high, 0x00f000f0; mov.b32 one, 0x64006400;"
-    " mov.b32 bias, 0xe408e408; mov.b32 sixteenth, 0x2c002c00; mov.b32 shifted, 0xd480d480;"
-    + "".join(
-        f" lop3.b32 ${4 * i}, ${8 + i}, mask, one, 0xea;"
-        f" lop3.b32 ${4 * i + 1}, ${8 + i}, high, one, 0xea;"
-        f" shr.u32 t, ${8 + i}, 8;"
-        f" lop3.b32 ${4 * i + 2}, t, mask, one, 0xea;"
-        f" lop3.b32 ${4 * i + 3}, t, high, one, 0xea;"
-        f" add.f16x2 ${4 * i}, ${4 * i}, bias;"
-        f" fma.rn.f16x2 ${4 * i + 1}, ${4 * i + 1}, sixteenth, shifted;"
-        f" add.f16x2 ${4 * i + 2}, ${4 * i + 2}, bias;"
-        f" fma.rn.f16x2 ${4 * i + 3}, ${4 * i + 3}, sixteenth, shifted;"
-        for i in range(2)
-    )
-    + " }"
-)
+#: Pairs of codes of a word, bits 0 to 3 and those 16 above, then 4 further up, and so on: how far
+#: it is shifted right, which bits are the codes', a number into whose low digits they are put, which
+#: adds them to it, and minus that number and 8. 0x6400 is 1024 in float16, whose last digit is
+#: worth 1, and 0x5400 is 64, where this is bit 4; 0x4300 is 128 in bfloat16.
+_FLOAT16 = (0, "0x000f000f", "0x64006400", "0xe408e408"), (0, "0x00f000f0", "0x54005400", "0xd480d480")
+INT4_FLOAT16 = (*_FLOAT16, *((8, *place[1:]) for place in _FLOAT16))
+INT4_BFLOAT16 = tuple((4 * i, "0x000f000f", "0x43004300", "0xc308c308") for i in range(4))
 
-#: The same in bfloat16: 0x4300 is 128, whose last digit is worth 1; 0xc308 is -136, 0x3f80 is 1.
-INT4_TO_BFLOAT16 = tl.constexpr(
-    "{ .reg .b32 mask, one, bias, unit, t;"
-    " mov.b32 mask, 0x000f000f; mov.b32 one, 0x43004300;"
-    " mov.b32 bias, 0xc308c308; mov.b32 unit, 0x3f803f80;"
-    + "".join(
-        f" shr.u32 t, ${8 + i}, {4 * j};"
-        f" lop3.b32 t, t, mask, one, 0xea;"
-        f" fma.rn.bf16x2 ${4 * i + j}, t, unit, bias;"
-        for i in range(2)
-        for j in range(4)
-    )
-    + " }"
-)
+
+def int4_asm(places: tuple[tuple[int, str, str, str], ...], minus: str = "") -> tl.constexpr:
+    """PTX for two words, $8 and $9, to eight registers of two codes each, plus their numbers.
+
+    minus: what takes these away again, an instruction on $ with minus number and 8 in b.
+    """
+    lines = "{ .reg .b32 t, b, unit; mov.b32 unit, 0x3f803f80;"
+    for i in range(2):
+        for j, (shift, mask, number, bias) in enumerate(places):
+            register = f"${4 * i + j}"
+            lines += f" shr.u32 t, ${8 + i}, {shift}; lop3.b32 {register}, t, {mask}, {number}, 0xea;"
+            if minus:
+                lines += f" mov.b32 b, {bias}; " + minus.replace("$", register)
+    return tl.constexpr(lines + " }")
+
+
+INT4_TO_FLOAT16 = int4_asm(INT4_FLOAT16, "add.f16x2 $, $, b;")
+INT4_TO_BFLOAT16 = int4_asm(INT4_BFLOAT16, "fma.rn.bf16x2 $, $, unit, b;")
+INT4_IN_FLOAT16 = int4_asm(INT4_FLOAT16)
+INT4_IN_BFLOAT16 = int4_asm(INT4_BFLOAT16)
 
 #: Four bytes, in $4, to four halves. Plus 128 they are 0 to 255; 0x6480 is 1152, 1024 and that 128.
 INT8_TO_FLOAT16 = tl.constexpr(
@@ -112,44 +104,42 @@ def wide_fp8(codes):
 
 
 @triton.jit
-def int4_registers(words, DTYPE: tl.constexpr):
-    """What INT4_TO_FLOAT16 or INT4_TO_BFLOAT16 make of words: 8 tensors of their shape.
+def int4_registers(words, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """What `int4_asm` makes of words: 8 tensors of their shape.
 
     Of two neighbours, register i has codes 2 * i and 2 * i + 1 of the 16 in both. Triton takes them
     for what became of the one and of the other word.
     """
+    CONSTRAINTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r"
     if DTYPE.is_fp16():
+        ASM: tl.constexpr = INT4_TO_FLOAT16 if EXACT else INT4_IN_FLOAT16
         return tl.inline_asm_elementwise(
-            INT4_TO_FLOAT16,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-            [words],
-            dtype=(tl.float16,) * 8,
-            is_pure=True,
-            pack=2,
+            ASM, CONSTRAINTS, [words], dtype=(tl.float16,) * 8, is_pure=True, pack=2
         )
     else:
+        ASM: tl.constexpr = INT4_TO_BFLOAT16 if EXACT else INT4_IN_BFLOAT16
         return tl.inline_asm_elementwise(
-            INT4_TO_BFLOAT16,
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r",
-            [words],
-            dtype=(tl.bfloat16,) * 8,
-            is_pure=True,
-            pack=2,
+            ASM, CONSTRAINTS, [words], dtype=(tl.bfloat16,) * 8, is_pure=True, pack=2
         )
 
 
 @triton.jit
-def int4_values(words, DTYPE: tl.constexpr):
-    """code - 8 for each of the codes in words (rows, 4, n), n even, int32: (rows, 4, 8 * n)."""
+def int4_values(words, DTYPE: tl.constexpr, EXACT: tl.constexpr):
+    """Codes in words (rows, 4, n), n even, int32: (rows, 4, 8 * n), minus 8.
+
+    EXACT: False for code + 1024 and 64 by turns of two, bfloat16's + 128, in half the time.
+    """
     ROWS: tl.constexpr = words.shape[0]
     PAIRS: tl.constexpr = words.shape[2] // 2
     if INTERPRETED:
         shifts = tl.arange(0, 8)
+        place = (shifts // 2)[None, None, None, :]
         shifts = shifts // 2 * 4 + shifts % 2 * 16
-        codes = (words[:, :, :, None] >> shifts[None, None, None, :]) & 15
-        return tl.reshape((codes - 8).to(DTYPE), (ROWS, 4, PAIRS * 16))
+        codes = ((words[:, :, :, None] >> shifts[None, None, None, :]) & 15).to(tl.float32)
+        codes += -8.0 if EXACT else tl.where(place % 2 == 0, 1024.0, 64.0)
+        return tl.reshape(codes.to(DTYPE), (ROWS, 4, PAIRS * 16))
     else:
-        a, b, c, d, e, f, g, h = int4_registers(words, DTYPE)
+        a, b, c, d, e, f, g, h = int4_registers(words, DTYPE, EXACT)
         first = tl.join(tl.join(a, c), tl.join(b, d))
         second = tl.join(tl.join(e, g), tl.join(f, h))
         values = tl.reshape(tl.join(first, second), (ROWS, 4, PAIRS, 2, 2, 2, 2))
@@ -185,14 +175,19 @@ def byte_values(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def ones_like(values):
-    """Ones, of 16 bits, that Triton takes for something made of the values: in their layout."""
-    ONES: tl.constexpr = "0x3c003c00" if values.dtype == tl.float16 else "0x3f803f80"
+def filled_like(values, NUMBER: tl.constexpr):
+    """1, 64, 128 or 1024, that Triton takes for something made of the values: in their layout."""
     if INTERPRETED:
-        return tl.full(values.shape, 1.0, values.dtype)
+        return tl.full(values.shape, NUMBER, values.dtype)
     else:
+        if values.dtype == tl.bfloat16:
+            BITS: tl.constexpr = "0x3f803f80" if NUMBER == 1 else "0x43004300"
+        elif NUMBER == 1:
+            BITS: tl.constexpr = "0x3c003c00"
+        else:
+            BITS: tl.constexpr = "0x64006400" if NUMBER == 1024 else "0x54005400"
         return tl.inline_asm_elementwise(
-            "mov.b32 $0, " + ONES + ";",
+            "mov.b32 $0, " + BITS + ";",
             "=r,r",
             [values],
             dtype=values.dtype,

@@ -8,8 +8,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hf_triton_mlp.kernels.activations import INTERPRETED
 from hf_triton_mlp.kernels.dequantize import (
     byte_values,
+    filled_like,
     int4_values,
-    ones_like,
     where_kept,
 )
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
@@ -77,12 +77,16 @@ def weight_values(
     FORMAT: tl.constexpr,
     DTYPE: tl.constexpr,
     SPAN: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """A tile of codes as values in DTYPE, (HIGH * CHUNKS * WARPS * 8, 4, SPAN / 4)."""
+    """A tile of codes as values in DTYPE, (HIGH * CHUNKS * WARPS * 8, 4, SPAN / 4).
+
+    EXACT: False for int4's as `int4_values` has them sooner.
+    """
     TILE: tl.constexpr = codes.shape[0]
     words = tl.reshape(codes, (TILE, 4, codes.shape[1] // 4))
     if FORMAT == "int4":
-        return int4_values(words, DTYPE)
+        return int4_values(words, DTYPE, EXACT)
     else:
         return byte_values(words, FORMAT, DTYPE)
 
@@ -171,19 +175,38 @@ def first_rows(w, ROWS: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(w, x):
-    """Sums over the depth of x, (WARPS, rows of w, columns), alike in a column.
+def sum_rows(w, x, DTYPE: tl.constexpr):
+    """Sums over the depth of x, and of x times what codes are put into by `int4_values`: two of
+    (warps, 8, columns), alike in a column.
 
-    The matrix units put them into the threads that have the sums of products; ones made from 16
-    rows of w have its layout.
+    The matrix units put them into the threads that have the sums of products; what multiplies x,
+    made from 16 rows of w, has its layout.
     """
     WARPS: tl.constexpr = w.shape[0]
-    COLUMNS: tl.constexpr = x.shape[2]
-    ones = ones_like(first_rows(w, 16))
-    sums = multiply(ones, x, tl.zeros((WARPS, 16, COLUMNS), tl.float32))
-    sums = tl.reshape(sums, (WARPS, 1, 16, COLUMNS))
-    sums = tl.broadcast_to(sums, (WARPS, w.shape[1] // 16, 16, COLUMNS))
-    return tl.reshape(sums, (WARPS, w.shape[1], COLUMNS))
+    # So many values in a row of the same place in a word.
+    RUN: tl.constexpr = 16 if FOUR_IN_A_ROW else 8
+    DEPTH: tl.constexpr = w.shape[2] // (2 * RUN)
+    w = tl.reshape(first_rows(w, 16), (WARPS, 2, 8, DEPTH, 2, RUN))
+    even, odd = tl.split(tl.permute(w, (0, 2, 3, 5, 1, 4)))
+    even, even_offset = tl.split(even)
+    odd, odd_offset = tl.split(odd)
+    even, odd = filled_like(even, 1), filled_like(odd, 1)
+    even_offset = filled_like(even_offset, 128 if DTYPE.is_bf16() else 1024)
+    odd_offset = filled_like(odd_offset, 128 if DTYPE.is_bf16() else 64)
+    w = tl.join(tl.join(even, even_offset), tl.join(odd, odd_offset))
+    w = tl.reshape(tl.permute(w, (0, 4, 1, 2, 5, 3)), (WARPS, 16, x.shape[1]))
+    sums = multiply(w, x, tl.zeros((WARPS, 16, x.shape[2]), tl.float32))
+    sums = tl.reshape(sums, (WARPS, 2, 8, x.shape[2]))
+    return tl.split(tl.permute(sums, (0, 2, 3, 1)))
+
+
+@triton.jit
+def spread_sums(sums, ROWS: tl.constexpr):
+    """Sums of `sum_rows` (warps, 8, columns) for all rows: (warps, ROWS, columns)."""
+    WARPS: tl.constexpr = sums.shape[0]
+    COLUMNS: tl.constexpr = sums.shape[2]
+    sums = tl.broadcast_to(sums[:, None, :, :], (WARPS, ROWS // 8, 8, COLUMNS))
+    return tl.reshape(sums, (WARPS, ROWS, COLUMNS))
 
 
 @triton.jit
@@ -203,11 +226,13 @@ def multiply_tile(
     """acc + W · x for each warp: (WARPS, rows, columns); x from `as_fragment`.
 
     groups: its scales, if these do not multiply the result, and zeros, if there are any. Where
-    scales multiply sums, zeros do: x_sums are x's, empty if there are none yet. Returns them too.
+    scales multiply sums, zeros do: x_sums are x's by `sum_rows`, empty if there are none yet.
+    Returns them too.
     """
     # The interpreter adds and multiplies the raw integers of bfloat16 too.
     DTYPE: tl.constexpr = tl.float32 if INTERPRETED and x.dtype == tl.bfloat16 else x.dtype
-    values = weight_values(codes, FORMAT, DTYPE, SPAN)
+    INT4_SUMS: tl.constexpr = FORMAT == "int4" and SCALES == "sums"
+    values = weight_values(codes, FORMAT, DTYPE, SPAN, not INT4_SUMS)
     if SCALES == "weights":
         if len(groups) > 1:
             # In two parts: what one rounds away would be wrong in the same way for a whole group.
@@ -217,11 +242,19 @@ def multiply_tile(
         values = values * tl.trans(groups[0])[:, :, None].to(DTYPE)
     w = as_matrix(values, HIGH, CHUNKS, WARPS, SPAN)
     if SCALES == "sums":
-        part = multiply(w, x, tl.zeros(acc.shape, tl.float32))
-        if len(groups) > 1:
+        start = tl.zeros(acc.shape, tl.float32)
+        if INT4_SUMS:
             if len(x_sums) == 0:
-                x_sums = (sum_rows(w, x),)
-            part -= x_sums[0] * (spread_scales(groups[1], HIGH, WARPS, acc.shape[2]) - 8.0)
+                x_sums = sum_rows(w, x, DTYPE)
+            # What codes were put into is subtracted here.
+            if len(groups) > 1:
+                start -= spread_sums(x_sums[1], acc.shape[1])
+            else:
+                start -= spread_sums(x_sums[1] + 8.0 * x_sums[0], acc.shape[1])
+        part = multiply(w, x, start)
+        if len(groups) > 1:
+            zeros = spread_scales(groups[1], HIGH, WARPS, acc.shape[2])
+            part -= spread_sums(x_sums[0], acc.shape[1]) * zeros
         acc += part * spread_scales(groups[0], HIGH, WARPS, acc.shape[2])
     else:
         acc = multiply(w, x, acc)
@@ -348,8 +381,9 @@ def quantized_linear_kernel(
     A program computes BLOCK_N outputs. SLICES of its WARPS (all there are) multiply each a part of
     every BLOCK_K of K, chunks of SPAN values: 16 bytes of codes in each of 4 threads. The others
     do so for other outputs, with the same values of x. As in `stream_linear_kernel` nothing moves
-    between threads, since a sum over K may be taken in any order. W is the left operand here, so that a thread's codes and its sums are of the same
-    outputs, as is the scale that it loads. STAGES tiles are on their way.
+    between threads, since a sum over K may be taken in any order. W is the left operand here, so
+    that a thread's codes and its sums are of the same outputs, as is the scale that it loads.
+    STAGES tiles are on their way.
 
     SPLITS > 1: as many programs share each block, and out is (SPLITS, M, N), gated twice that, in
     float32 as in `tiled_linear_kernel`. PDL, EARLY: as in `stream`. EVEN: N is whole blocks.
