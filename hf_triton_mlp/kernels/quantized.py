@@ -242,19 +242,18 @@ def multiply_tile(
         values = values * tl.trans(groups[0])[:, :, None].to(DTYPE)
     w = as_matrix(values, HIGH, CHUNKS, WARPS, SPAN)
     if SCALES == "sums":
-        start = tl.zeros(acc.shape, tl.float32)
+        part = multiply(w, x, tl.zeros(acc.shape, tl.float32))
         if INT4_SUMS:
             if len(x_sums) == 0:
                 x_sums = sum_rows(w, x, DTYPE)
-            # What codes were put into is subtracted here.
+            # What codes were put into, and zeros or 8, are subtracted here.
             if len(groups) > 1:
-                start -= spread_sums(x_sums[1], acc.shape[1])
+                zeros = spread_scales(groups[1], HIGH, WARPS, acc.shape[2])
+                minus = spread_sums(x_sums[1], acc.shape[1])
+                minus += spread_sums(x_sums[0], acc.shape[1]) * zeros
             else:
-                start -= spread_sums(x_sums[1] + 8.0 * x_sums[0], acc.shape[1])
-        part = multiply(w, x, start)
-        if len(groups) > 1:
-            zeros = spread_scales(groups[1], HIGH, WARPS, acc.shape[2])
-            part -= spread_sums(x_sums[0], acc.shape[1]) * zeros
+                minus = spread_sums(x_sums[1] + 8.0 * x_sums[0], acc.shape[1])
+            part -= minus
         acc += part * spread_scales(groups[0], HIGH, WARPS, acc.shape[2])
     else:
         acc = multiply(w, x, acc)
