@@ -86,8 +86,8 @@ class Plan:
     takes no parameters). For quantized weights: "quantized_row" (one row, which block_k holds as a
     whole), "quantized" (up to 16 rows), "tiled" and "library".
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
-    `slices` such depths side by side, "quantized" shares a tile's depth among so many warps; "stream" keeps `num_stages` tiles of weights on their way,
-    and its warps share a tile's depth; "tiled" gives each tile to `splits` programs; "skinny", if
+    `slices` such depths side by side, "quantized" shares a tile's depth among so many warps;
+    "stream" keeps `num_stages` tiles of weights on their way, and its warps share a tile's depth; "tiled" gives each tile to `splits` programs; "skinny", if
     K is one block, and "stream" share the columns among `programs`, 0 for one block each;
     "persistent" shares `splits` parts of each tile among `programs`.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
@@ -293,23 +293,30 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
         return choose_quantized_tiled(linear, pdl)
     if linear.M == 1 and linear.K <= QUANTIZED_ROW:
         return _choose_quantized_row(linear, pdl)
-    # Of 8 warps, in registers: as many as ptxas (CUDA 12.8) keeps there, best for two programs.
-    small = linear.zeros and linear.group < 128
-    if linear.gated:
-        stages = 1 if linear.M > 8 and linear.zeros else 2
-    elif small or (linear.M > 8 and not linear.zeros):
-        stages = 2
+    # Scales of weights take more registers than those of sums.
+    small = 0 < linear.group < QUANTIZED_DEPTH
+    int4, wide = linear.format == "int4", linear.N > 32 * BUSY_PROGRAMS
+    if linear.M > 4:
+        # x is read again for each block of columns: these are as many as registers allow.
+        high = linear.N >= 4096 and not (linear.gated or small)
+        block_n, slices, warps, stages = (64 if high else 32), 4, 4, 1
+    elif linear.gated or small or not wide:
+        block_n, slices, warps, stages = 16, 8, 8, (2 if int4 or linear.gated else 4)
+    elif int4:
+        block_n, slices, warps, stages = 64, 4, 8, 1
     else:
-        stages = 3 if linear.M > 4 or linear.zeros else 4
+        block_n, slices, warps, stages = 32, 4, 4, 2
+    depth = slices * QUANTIZED_DEPTH
+    splits = _splits(-(-linear.N // block_n), 2 * BUSY_PROGRAMS)
     return Plan(
         kernel="quantized",
         block_m=1 << (linear.M - 1).bit_length(),
-        block_n=16,
-        block_k=8 * QUANTIZED_DEPTH,
-        num_warps=8,
-        slices=8,
+        block_n=block_n,
+        block_k=depth,
+        num_warps=warps,
+        slices=slices,
         num_stages=stages,
-        splits=_splits(-(-linear.N // 16), 2 * BUSY_PROGRAMS),
+        splits=min(splits, _floor_power_of_2(linear.K // depth)),
         pdl=pdl,
     )
 
