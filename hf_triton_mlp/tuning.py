@@ -87,9 +87,10 @@ class Plan:
     whole), "quantized" (up to 16 rows), "tiled" and "library".
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side, "quantized" shares a tile's depth among so many warps;
-    "stream" keeps `num_stages` tiles of weights on their way, and its warps share a tile's depth; "tiled" gives each tile to `splits` programs; "skinny", if
-    K is one block, and "stream" share the columns among `programs`, 0 for one block each;
-    "persistent" shares `splits` parts of each tile among `programs`.
+    "stream" keeps `num_stages` tiles of weights on their way, and its warps share a tile's depth;
+    "tiled" gives each tile to `splits` programs; "skinny", if K is one block, and "stream" share
+    the columns among `programs`, 0 for one block each; "persistent" shares `splits` parts of each
+    tile among `programs`.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
     for `lines` lines of each weight row. With none "skinny" and "stream" load their first weights
     into registers instead, where nobody may still be writing them.

@@ -6,11 +6,17 @@ import triton.language as tl
 from hf_triton_mlp.kernels.activations import INTERPRETED
 
 #: Pairs of codes of a word, bits 0 to 3 and those 16 above, then 4 further up, and so on: how far
-#: it is shifted right, which bits are the codes', a number into whose low digits they are put, which
-#: adds them to it, and minus that number and 8. 0x6400 is 1024 in float16, whose last digit is
-#: worth 1, and 0x5400 is 64, where this is bit 4; 0x4300 is 128 in bfloat16.
-_FLOAT16 = (0, "0x000f000f", "0x64006400", "0xe408e408"), (0, "0x00f000f0", "0x54005400", "0xd480d480")
-INT4_FLOAT16 = (*_FLOAT16, *((8, *place[1:]) for place in _FLOAT16))
+#: it is shifted right, which bits are the codes', a number into whose low digits they are put,
+#: which adds them to it, and minus that number and 8. 0x6400 is 1024 in float16, whose last digit
+#: is worth 1, and 0x5400 is 64, where this is bit 4; 0x4300 is 128 in bfloat16.
+INT4_FLOAT16 = tuple(
+    (shift, *place)
+    for shift in (0, 8)
+    for place in (
+        ("0x000f000f", "0x64006400", "0xe408e408"),
+        ("0x00f000f0", "0x54005400", "0xd480d480"),
+    )
+)
 INT4_BFLOAT16 = tuple((4 * i, "0x000f000f", "0x43004300", "0xc308c308") for i in range(4))
 
 
@@ -23,7 +29,8 @@ def int4_asm(places: tuple[tuple[int, str, str, str], ...], minus: str = "") -> 
     for i in range(2):
         for j, (shift, mask, number, bias) in enumerate(places):
             register = f"${4 * i + j}"
-            lines += f" shr.u32 t, ${8 + i}, {shift}; lop3.b32 {register}, t, {mask}, {number}, 0xea;"
+            lines += f" shr.u32 t, ${8 + i}, {shift};"
+            lines += f" lop3.b32 {register}, t, {mask}, {number}, 0xea;"
             if minus:
                 lines += f" mov.b32 b, {bias}; " + minus.replace("$", register)
     return tl.constexpr(lines + " }")

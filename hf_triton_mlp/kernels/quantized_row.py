@@ -228,8 +228,8 @@ def quantized_row_kernel(
     """What `skinny_linear_kernel` computes, of a QuantizedWeight, for one row.
 
     W: codes (N, K) in int32 words, by a row stride in vectors of 16 bytes; scales, zeros:
-    (N, groups), by strides stride_sn and stride_sg. GROUP: values of a row that share one, a multiple of CHUNK,
-    the codes in 16 bytes; 0 for whole rows, whose scales multiply the results.
+    (N, groups), by strides stride_sn and stride_sg. GROUP: values of a row that share one, a
+    multiple of CHUNK, the codes in 16 bytes; 0 for whole rows, whose scales multiply the results.
 
     BLOCK_K >= K: the row is in registers as a whole, in float32, and each thread has the values
     that its codes are multiplied by. WHOLE: they are equal. A program computes BLOCK_N outputs;
