@@ -155,7 +155,9 @@ def check_quantizable(
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, TritonMLPQuantizer):
         method = quantizer.quantization_config.quant_method
-        raise ValueError(f"{type(model).__name__} is quantized already, by {method}")
+        # What a GGUF file's quantizer leaves packed is of another class, and refused below.
+        if method != "gguf":
+            raise ValueError(f"{type(model).__name__} is quantized already, by {method}")
     for name, linear in quantized_linears(model):
         if linear.config != config:
             raise ValueError(
@@ -206,7 +208,7 @@ def record(model: nn.Module) -> None:
                 owner.__dict__.pop(name, None)
             owner.config.__dict__.pop("quantization_config", None)
         return
-    if quantizer is None:
+    if not isinstance(quantizer, TritonMLPQuantizer):  # of a GGUF file, unpacked
         config = TritonMLPConfig(**asdict(next(iter(found.values())).config))
         owner.hf_quantizer = quantizer = TritonMLPQuantizer(config)
         owner.config.quantization_config = config

@@ -289,6 +289,19 @@ def test_what_is_refused_leaves_the_model_as_it_was(change: Any) -> None:
     assert "quantization_config" not in model.config.to_dict()
 
 
+def test_a_gguf_file_that_was_unpacked() -> None:
+    """The model keeps its quantizer."""
+    model = tiny.build("llama")
+    expected = tiny_logits(model)
+    config = SimpleNamespace(quant_method="gguf")
+    model.hf_quantizer = SimpleNamespace(quantization_config=config)
+    patch_model(model, quantization="int8", keep_originals=True)
+    assert model.config.to_dict()["quantization_config"]["quant_method"] == "hf_triton_mlp"
+    unpatch_model(model)
+    assert torch.equal(tiny_logits(model), expected)
+    assert "quantization_config" not in model.config.to_dict()
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_an_interrupt(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model computes what it did, with kept originals, or with those quantized that were."""
