@@ -303,7 +303,9 @@ def from_flat_groups(
 
     scales: any shape of merged * groups numbers. The matrix was put together from `merged` of
     equal size along `dim`, and the values of each of these, one row after the other, were in so
-    many groups of equal size.
+    many groups of equal size. DeepSpeed puts columns of scales together as it does matrices: for
+    rows, dim 0, one part's scales follow the other's; for columns, dim 1, each group's follow each
+    other, one of each part (its runtime/weight_quantizer.py and inference/csrc/dequantize.cu).
     Raises ValueError where a group covers neither whole rows nor an equal part of one, or where
     numbers do not fit.
     """
@@ -324,10 +326,8 @@ def from_flat_groups(
             "of a row"
         )
     group = min(length, size)
-    spread = [
-        part.float().repeat_interleave(length // group).view(out, -1)
-        for part in scales.reshape(merged, groups)
-    ]
+    of_parts = scales.reshape(merged, groups) if dim == 0 else scales.reshape(groups, merged).t()
+    spread = [part.float().repeat_interleave(length // group).view(out, -1) for part in of_parts]
     found = torch.cat(spread, dim=dim)
     whole_rows = found.shape[1] == 1
     return QuantizedWeight(
