@@ -150,6 +150,30 @@ def same_format(one: Weight, other: Weight) -> bool:
     return format_of(one) == format_of(other)
 
 
+def blank(
+    shape: tuple[int, int],
+    config: QuantizationConfig,
+    device: torch.device | str | None = None,
+) -> QuantizedWeight:
+    """A weight (out, in) in this format, whose tensors are all 0."""
+    out, size = shape
+    group = config.group_size or size
+    groups = -(-size // group)
+    codes = -(-size // INT4_PER_WORD) if config.format == "int4" else size
+    scale = ROW_SCALE if config.group_size is None else GROUP_SCALE
+
+    def tensor(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros((out, columns), dtype=dtype, device=device)
+
+    return QuantizedWeight(
+        tensor(codes, CODES[config.format]),
+        tensor(groups, scale),
+        None if config.symmetric else tensor(groups, GROUP_ZERO),
+        shape,
+        group,
+    )
+
+
 @torch.no_grad()
 def quantize(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
     """The weight (out, in), of any floating dtype, in another format; on its device.
