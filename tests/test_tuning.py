@@ -346,15 +346,61 @@ def test_patched_models_use_the_table(table: Path) -> None:
     assert "skinny 1x1x16, 1 warps" in str(patch_report(model))
 
 
+# --- quantized layers -------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("form", "group"), [("int4", 128), ("int8", 0), ("int8", 17)])
-@pytest.mark.parametrize("rows", [1, 4, 16, 17, 64, 300, 2048])
+@pytest.mark.parametrize("rows", [1, 4, 12, 16, 17, 64, 300, 2048])
 def test_candidates_of_quantized_weights(rows: int, form: str, group: int, gated: bool) -> None:
-    for N, K in ((16384, 4096), (4096, 16384), (1001, 4099)):
+    for N, K in ((16384, 4096), (4096, 16384), (7168, 28672), (1001, 4099)):
         linear = Linear(rows, N, K, torch.float16, True, gated, form, group)
-        found = candidates(linear, (9, 0), 132)
-        assert 0 < len(found) <= 60
-        assert found[0] == choose(linear, (9, 0))
-        for plan in found:
-            plan.check(rows, torch.float16)
-            assert plan.kernel != "quantized" or (K % 32 == 0 and group != 17)
+        for capability, processors in ((AMPERE, 108), (HOPPER, 132)):
+            found = candidates(linear, capability, processors)
+            assert 0 < len(found) <= (13 if rows <= tuning.DECODE_ROWS else 60)
+            assert found[0] == choose(linear, capability)
+            for plan in found:
+                plan.check(rows, torch.float16)
+                assert plan.pdl == (capability == HOPPER)
+                in_words = plan.kernel in ("quantized", "quantized_row")
+                assert not in_words or (K % 32 == 0 and group != 17)
+                assert plan.kernel != "quantized_row" or (rows == 1 and plan.block_k >= K)
+                assert plan.splits == 1 or plan.splits * plan.block_k <= K
+
+
+#: Rows, outputs, and what was the fastest on an H100: blocks of 8 outputs, warps, slices, stages
+#: and splits.
+FASTEST = {
+    "int4": [
+        (4, 16384, (4, 8, 4, 1, 1)),
+        (4, 4096, (2, 8, 8, 2, 1)),
+        (8, 16384, (8, 4, 4, 1, 1)),
+        (16, 4096, (8, 4, 4, 1, 4)),
+    ],
+    "int8": [
+        (4, 16384, (4, 4, 4, 2, 1)),
+        (4, 4096, (2, 8, 8, 4, 1)),
+        (16, 16384, (8, 4, 4, 1, 1)),
+        (16, 4096, (4, 4, 4, 2, 2)),
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FASTEST)
+def test_what_was_the_fastest_is_a_candidate(form: str) -> None:
+    up_and_down = {16384: 4096, 4096: 16384}
+    for rows, N, (high, warps, slices, stages, splits) in FASTEST[form]:
+        group = 128 if form == "int4" else 0
+        linear = Linear(rows, N, up_and_down[N], HALF, format=form, group=group)
+        plan = Plan(
+            kernel="quantized",
+            block_m=rows,
+            block_n=8 * high * warps // slices,
+            block_k=slices * tuning.QUANTIZED_DEPTH,
+            num_warps=warps,
+            slices=slices,
+            num_stages=stages,
+            splits=splits,
+            pdl=True,
+        )
+        assert plan in candidates(linear, HOPPER, 132)
