@@ -14,9 +14,10 @@ import triton
 from torch import Tensor, nn
 
 from hf_triton_mlp import tuning
-from hf_triton_mlp.launchers import MLPWeights, normed_mlp, plan_linear
+from hf_triton_mlp.launchers import MLPWeights, linear_of, normed_mlp, plan_linear
 from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_layers
 from hf_triton_mlp.patching import mlp_configs
+from hf_triton_mlp.quantization import blank
 from hf_triton_mlp.tuning import (
     DECODE_ROWS,
     DEQUANTIZED_ROWS,
@@ -423,8 +424,11 @@ def layer_half(
 
 def linears(case: Case, M: int, dtype: torch.dtype) -> tuple[Linear, Linear]:
     """The two linear layers (up with its gate, down)."""
-    up = Linear(M, case.intermediate, case.hidden, dtype, gated=case.gated)
-    return up, Linear(M, case.hidden, case.intermediate, dtype)
+    H, I, config = case.hidden, case.intermediate, case.quantization  # noqa: E741
+    if config is not None:
+        up, down = (blank(shape, config, "meta") for shape in ((I, H), (H, I)))
+        return linear_of(M, up, case.gated, dtype), linear_of(M, down, False, dtype)
+    return Linear(M, I, H, dtype, gated=case.gated), Linear(M, H, I, dtype)
 
 
 def tried_plans(linear: Linear, kernels: Collection[str]) -> list[Plan]:
@@ -452,7 +456,9 @@ def compile_kernels(
         for i, linear in enumerate(linears(case, M, dtype)):
             for plan in tried_plans(linear, kernels):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
-                shape = linear if plan.fuses_norm else min(linear.M, 17)
+                # Where groups are whole rows, kernels depend on their size.
+                whole = plan.fuses_norm or linear.format is not None
+                shape = linear._replace(M=min(M, 17)) if whole else min(M, 17)
                 key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
                 jobs.setdefault(key, (case, M, i, plan))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -462,9 +468,11 @@ def compile_kernels(
 
 
 def _compile(case: Case, M: int, which: int, plan: Plan, dtype: torch.dtype) -> None:
-    # A few tiles of weights are enough, where the kernel does not depend on their number.
+    # A few tiles of weights are enough, where the kernel does not depend on their number, but at
+    # most on whether they are whole ones.
     columns = ("intermediate", "hidden")[which]
-    few = case if plan.fuses_norm else replace(case, **{columns: 256})
+    part = 256 + getattr(case, columns) % 128
+    few = case if plan.fuses_norm else replace(case, **{columns: part})
     weights = random_layers(few, dtype)[:1]
     other = Plan(kernel="library", pdl=plan.pdl)
     half = layer_half(few, weights, (plan, other) if which == 0 else (other, plan))
@@ -488,12 +496,12 @@ def measure(
     tried again, and so once more down. A plan that does not compile, or whose error exceeds twice
     torch's own, does not count.
     """
-    dtype = layers[0].plain[0].dtype
     chain = Chain(case, layers, M)
+    dtype = chain.residual.dtype
     tried: list[tuple[str, Plan, float]] = []
     found: list[Plan | None] = [
-        plan_linear(M, layers[0].up, gated=case.gated),
-        plan_linear(M, layers[0].down),
+        plan_linear(M, layers[0].up, gated=case.gated, dtype=dtype),
+        plan_linear(M, layers[0].down, dtype=dtype),
     ]
     both = linears(case, M, dtype)
     tried_with: list[Plan | None] = [None, None]

@@ -245,6 +245,31 @@ def test_candidates_compile(name: str, kernel: str, tokens: int, tmp_path: Path)
         check_compiles(call, (9, 0), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "config"),
+    [
+        ("opt-1.3b", 1, "int8"),
+        ("opt-1.3b", 1, "int4 asymmetric"),
+        ("bloom-7b1", 4, "int4 asymmetric"),
+        ("bloom-7b1", 16, "int8"),
+        ("llama-3.1-8b", 4, "int4 32 asymmetric"),
+    ],
+)
+def test_candidates_of_quantized_weights_compile(
+    name: str, tokens: int, config: str, tmp_path: Path
+) -> None:
+    """The second and the last of each layer: the first is the default."""
+    case = replace(CASES[name], quantization=QUANTIZED[config])
+    found = [
+        autotune.candidates(linear, (9, 0), 132)
+        for linear in autotune.linears(case, tokens, torch.float16)
+    ]
+    for i in (1, -1):
+        up, down = (plans[i] for plans in found)
+        for call in launches(case, tokens, torch.float16, (up, down), config=case.quantization):
+            check_compiles(call, (9, 0), tmp_path)
+
+
 def streams(rows: int, up: dict[str, int], down: dict[str, int]) -> tuple[Plan, Plan]:
     return (
         Plan(kernel="stream", block_m=rows, pdl=True, **up),
