@@ -14,9 +14,10 @@ import triton
 from torch import Tensor, nn
 
 from hf_triton_mlp import tuning
-from hf_triton_mlp.launchers import MLPWeights, normed_mlp, plan_linear
+from hf_triton_mlp.launchers import MLPWeights, linear_of, normed_mlp, plan_linear
 from hf_triton_mlp.measure import Case, Chain, LayerHalf, device_times, random_layers
 from hf_triton_mlp.patching import mlp_configs
+from hf_triton_mlp.quantization import blank
 from hf_triton_mlp.tuning import (
     DECODE_ROWS,
     DEQUANTIZED_ROWS,
@@ -76,49 +77,99 @@ def candidates(linear: Linear, capability: tuple[int, int], processors: int) -> 
     return list(dict.fromkeys(plans))
 
 
+#: Tiles of "quantized": blocks of 8 outputs that a warp has, warps, slices, stages.
+QUANTIZED = (
+    (2, 8, 8, 1),
+    (2, 8, 8, 2),
+    (2, 8, 8, 4),
+    (4, 4, 4, 1),
+    (4, 4, 4, 2),
+    (4, 8, 4, 1),
+    (4, 8, 8, 1),
+    (8, 4, 4, 1),
+    (8, 8, 8, 1),
+)
+
+
 def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
     """Codes through registers for few rows; tiles, and values for cuBLAS, for more."""
-    M, N, K = linear.M, linear.N, linear.K
-    if M > DECODE_ROWS:
-        yield Plan(kernel="library", pdl=pdl)
-        tiles = itertools.product((16, 32, 64, 128, 256), (64, 128), (64, 128), (1, 2, 4))
-        for m, n, k, splits in tiles if M <= 4 * DEQUANTIZED_ROWS else ():
-            programs = -(-M // m) * -(-N // n) * splits
-            few = m < min(M, 64) or m > max(16, 2 * M) or programs < processors // 2
-            if few or (splits > 1 and programs > 4 * processors) or m * n * gates > 16384:
+    if linear.M > DECODE_ROWS:
+        yield from _quantized_tiled(linear, pdl, gates, processors)
+        return
+    default = choose(linear, PDL_CAPABILITY)
+    if default.kernel == "quantized_row":
+        yield from _quantized_row(linear, replace(default, pdl=pdl), processors)
+    if default.kernel != "quantized":
+        return
+    rows = triton.next_power_of_2(linear.M)
+    for high, warps, slices, stages in QUANTIZED:
+        # Of a Hopper thread: what is loaded at a time, 16 bytes of codes or two of these, and rows
+        # of x. With twice as much ptxas spilled; up to here it took 64 to 200 registers of 255,
+        # but for int4 with a gate and 16 rows 254.
+        loads = stages * high * gates
+        if loads < 4 or loads + stages * (rows // 8) > (10 if linear.format == "int4" else 12):
+            continue
+        n, k = 8 * high * warps // slices, QUANTIZED_DEPTH * slices
+        blocks, most = -(-linear.N // n), linear.K // k
+        # Two programs a multiprocessor, or four of few warps.
+        ways = [s for s in (1, 2, 4, 8) if s == 1 or (s * blocks <= 2 * processors and s <= most)]
+        splits = {ways[-1]}
+        if warps == 4 and ways[-1] < 8 and 2 * ways[-1] <= most:
+            if 2 * ways[-1] * blocks <= 4 * processors:
+                splits.add(2 * ways[-1])
+        for parts in sorted(splits):
+            if parts * blocks < processors // 2:
                 continue
             yield Plan(
-                kernel="tiled",
-                block_m=m,
+                kernel="quantized",
+                block_m=rows,
                 block_n=n,
                 block_k=k,
-                num_warps=4 if n == 64 else 8,
-                num_stages=3,
-                group_m=8,
-                splits=splits,
+                num_warps=warps,
+                slices=slices,
+                num_stages=stages,
+                splits=parts,
                 pdl=pdl,
             )
-        return
-    if choose(linear, PDL_CAPABILITY).kernel != "quantized":
-        return
-    columns = max(8, triton.next_power_of_2(M))
-    for n, warps, stages, splits in itertools.product((16, 32), (4, 8), (2, 3, 4, 6), (1, 2, 4)):
-        k, programs = QUANTIZED_DEPTH * warps, -(-N // n) * splits
-        # Registers of a thread for weights on their way, twice as many for bytes, and for sums.
-        weights = stages * n // 2 * gates * (1 if linear.format == "int4" else 2)
-        sums = n * columns // 32 * gates * 2
-        if weights + sums > 160 or weights * 128 * warps < 16384 or programs < processors // 2:
-            continue
-        if splits > 1 and (programs > 4 * processors or k * splits > K):
+
+
+def _quantized_row(linear: Linear, default: Plan, processors: int) -> Iterator[Plan]:
+    """As many programs as run here, fewer codes a thread or more, and less of x a thread.
+
+    Of 16 warps, which have 128 registers each, more codes would spill; 8 have twice as many.
+    """
+    n, warps = default.block_n, default.num_warps
+    tiles = [(n, warps), (n // 2, warps)]
+    if warps < 16:
+        tiles += [(2 * n, warps), (n, 2 * warps)]
+    elif default.block_k <= 16384:
+        tiles.append((n, warps // 2))
+    for block_n, count in tiles:
+        if block_n >= 1:
+            programs = processors * 16 // count
+            shared = block_n * programs < linear.N
+            yield replace(
+                default, block_n=block_n, num_warps=count, programs=programs if shared else 0
+            )
+
+
+def _quantized_tiled(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
+    M, N = linear.M, linear.N
+    yield Plan(kernel="library", pdl=pdl)
+    tiles = itertools.product((16, 32, 64, 128, 256), (64, 128), (64, 128), (1, 2, 4))
+    for m, n, k, splits in tiles if M <= 4 * DEQUANTIZED_ROWS else ():
+        programs = -(-M // m) * -(-N // n) * splits
+        few = m < min(M, 64) or m > max(16, 2 * M) or programs < processors // 2
+        if few or (splits > 1 and programs > 4 * processors) or m * n * gates > 16384:
             continue
         yield Plan(
-            kernel="quantized",
-            block_m=triton.next_power_of_2(M),
+            kernel="tiled",
+            block_m=m,
             block_n=n,
             block_k=k,
-            num_warps=warps,
-            slices=warps,
-            num_stages=stages,
+            num_warps=4 if n == 64 else 8,
+            num_stages=3,
+            group_m=8,
             splits=splits,
             pdl=pdl,
         )
@@ -373,8 +424,11 @@ def layer_half(
 
 def linears(case: Case, M: int, dtype: torch.dtype) -> tuple[Linear, Linear]:
     """The two linear layers (up with its gate, down)."""
-    up = Linear(M, case.intermediate, case.hidden, dtype, gated=case.gated)
-    return up, Linear(M, case.hidden, case.intermediate, dtype)
+    H, I, config = case.hidden, case.intermediate, case.quantization  # noqa: E741
+    if config is not None:
+        up, down = (blank(shape, config, "meta") for shape in ((I, H), (H, I)))
+        return linear_of(M, up, case.gated, dtype), linear_of(M, down, False, dtype)
+    return Linear(M, I, H, dtype, gated=case.gated), Linear(M, H, I, dtype)
 
 
 def tried_plans(linear: Linear, kernels: Collection[str]) -> list[Plan]:
@@ -402,7 +456,9 @@ def compile_kernels(
         for i, linear in enumerate(linears(case, M, dtype)):
             for plan in tried_plans(linear, kernels):
                 aligned = linear.K % (plan.splits * plan.block_k) == 0
-                shape = linear if plan.fuses_norm else min(linear.M, 17)
+                # Where groups are whole rows, kernels depend on their size.
+                whole = plan.fuses_norm or linear.format is not None
+                shape = linear._replace(M=min(M, 17)) if whole else min(M, 17)
                 key = (i, case.activation, case.norm, case.gated, aligned, shape, plan)
                 jobs.setdefault(key, (case, M, i, plan))
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
@@ -412,9 +468,11 @@ def compile_kernels(
 
 
 def _compile(case: Case, M: int, which: int, plan: Plan, dtype: torch.dtype) -> None:
-    # A few tiles of weights are enough, where the kernel does not depend on their number.
+    # A few tiles of weights are enough, where the kernel does not depend on their number, but at
+    # most on whether they are whole ones.
     columns = ("intermediate", "hidden")[which]
-    few = case if plan.fuses_norm else replace(case, **{columns: 256})
+    part = 256 + getattr(case, columns) % 128
+    few = case if plan.fuses_norm else replace(case, **{columns: part})
     weights = random_layers(few, dtype)[:1]
     other = Plan(kernel="library", pdl=plan.pdl)
     half = layer_half(few, weights, (plan, other) if which == 0 else (other, plan))
@@ -438,12 +496,12 @@ def measure(
     tried again, and so once more down. A plan that does not compile, or whose error exceeds twice
     torch's own, does not count.
     """
-    dtype = layers[0].plain[0].dtype
     chain = Chain(case, layers, M)
+    dtype = chain.residual.dtype
     tried: list[tuple[str, Plan, float]] = []
     found: list[Plan | None] = [
-        plan_linear(M, layers[0].up, gated=case.gated),
-        plan_linear(M, layers[0].down),
+        plan_linear(M, layers[0].up, gated=case.gated, dtype=dtype),
+        plan_linear(M, layers[0].down, dtype=dtype),
     ]
     both = linears(case, M, dtype)
     tried_with: list[Plan | None] = [None, None]

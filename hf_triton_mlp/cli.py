@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +37,7 @@ from hf_triton_mlp.measure import CASES
 from hf_triton_mlp.patching import patch_model, patch_report, unpatch_model
 from hf_triton_mlp.quality import QualityReport
 from hf_triton_mlp.quantization import CODES
-from hf_triton_mlp.quantizer import TritonMLPConfig
+from hf_triton_mlp.quantizer import TritonMLPConfig, quantization_of
 from hf_triton_mlp.specs import specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
@@ -226,6 +226,10 @@ def tune(
         list[str] | None, typer.Option(help="try only this one, beside the plans in use")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16: one serves both")] = "float16",
+    quantization: Annotated[
+        list[str] | None,
+        typer.Option(help="int8, int4 or fp8, instead of 16-bit weights; may be repeated"),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--json", help="the table; default: where it is looked for")
     ] = None,
@@ -238,6 +242,7 @@ def tune(
             raise ValueError("name a model, or a shape by --case")
         _known("case", case, CASES)
         _known("kernel", kernel, tuning.KERNELS)
+        _known("quantization", quantization, CODES)
         _need_gpu()
         cases = [CASES[name] for name in case or ()]
         for name in models or ():
@@ -245,6 +250,9 @@ def tune(
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             cases += autotune.cases_of(model, name)
+        if quantization:
+            formats = [quantization_of(each) for each in quantization]
+            cases = [replace(each, quantization=form) for each in cases for form in formats]
         path = output or tuning.user_file()
         with _bar() as show:
             found = autotune.tune(
@@ -257,7 +265,8 @@ def tune(
             )
         table = Table("MLP", "rows", "up", "down", "µs a layer", box=SIMPLE)
         for one, M, measured in found:
-            sizes = f"{one.name} {one.hidden}, {one.intermediate}"
+            form = "" if one.quantization is None else f", {one.quantization.format}"
+            sizes = f"{one.name} {one.hidden}, {one.intermediate}{form}"
             plans = str(measured.up), str(measured.down)
             table.add_row(sizes, str(M), *plans, f"{measured.us:.1f}")
         console.print(table)

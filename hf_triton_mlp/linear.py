@@ -9,16 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp.quantization import (
-    CODES,
-    GROUP_SCALE,
-    GROUP_ZERO,
-    INT4_PER_WORD,
-    ROW_SCALE,
-    QuantizationConfig,
-    QuantizedWeight,
-    quantize,
-)
+from hf_triton_mlp.quantization import QuantizationConfig, QuantizedWeight, blank, quantize
 from hf_triton_mlp.reading import read_projection
 
 #: The tensors of a QuantizedWeight, as QuantizedLinear names them.
@@ -63,20 +54,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.config, self.original, self.dtype = config, original, dtype
-        self.group_size = config.group_size or in_features
-        words = -(-in_features // INT4_PER_WORD) if config.format == "int4" else in_features
-        groups = out_features, -(-in_features // self.group_size)
-        scale = ROW_SCALE if config.group_size is None else GROUP_SCALE
-        shapes = {
-            "codes": ((out_features, words), CODES[config.format]),
-            "scales": (groups, scale),
-            "zeros": None if config.symmetric else (groups, GROUP_ZERO),
-        }
-        for name, wanted in shapes.items():
-            empty = None
-            if wanted is not None:
-                empty = torch.zeros(wanted[0], dtype=wanted[1], device=device)
-            self.register_buffer(name, empty)
+        weight = blank((out_features, in_features), config, device)
+        self.group_size = weight.group_size
+        for name in STORED:
+            self.register_buffer(name, getattr(weight, name))
         self.bias = bias
 
     @classmethod

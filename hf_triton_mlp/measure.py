@@ -11,6 +11,13 @@ from torch import Tensor
 
 from hf_triton_mlp.launchers import MLPWeights
 from hf_triton_mlp.ops import MLPGemmOp
+from hf_triton_mlp.quantization import (
+    INT4_CODES,
+    QuantizationConfig,
+    QuantizedWeight,
+    Weight,
+    blank,
+)
 
 #: Weights of this many bytes are read in turn; no GPU's L2 holds a quarter of it.
 ROTATED_BYTES = 300_000_000
@@ -18,7 +25,7 @@ ROTATED_BYTES = 300_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """The MLP of a model: sizes and what stands around the products."""
+    """The MLP of a model: sizes, what stands around the products, and what its matrices are."""
 
     name: str
     hidden: int
@@ -27,6 +34,7 @@ class Case:
     norm: str = "layer_norm"
     gated: bool = False
     bias: bool = True
+    quantization: QuantizationConfig | None = None
 
     @property
     def weights(self) -> int:
@@ -55,8 +63,12 @@ def random_layers(
     itemsize: how many bytes of each weight are going to be read, if fewer than it has.
     """
     generator = torch.Generator(device).manual_seed(0)
+    if case.quantization is not None:
+        itemsize = 0.5 if case.quantization.format == "int4" else 1.0
 
-    def matrix(out: int, inp: int) -> Tensor:
+    def matrix(out: int, inp: int) -> Weight:
+        if case.quantization is not None:
+            return random_weight((out, inp), case.quantization, generator)
         values = torch.randn(out, inp, generator=generator, device=device, dtype=dtype)
         return values.div_(inp**0.5)
 
@@ -81,6 +93,27 @@ def random_layers(
     ]
 
 
+def random_weight(
+    shape: tuple[int, int], config: QuantizationConfig, generator: torch.Generator
+) -> QuantizedWeight:
+    """Random codes, and scales that give values of the size that `random_layers` has."""
+    weight = blank(shape, config, generator.device)
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    if config.format == "int4":
+        codes.random_(-(2**31), 2**31, generator=generator)
+        size = INT4_CODES / 12**0.5
+    elif config.format == "int8":
+        codes.random_(-127, 128, generator=generator)
+        size = 254 / 12**0.5
+    else:
+        codes.copy_(torch.randn(shape, generator=generator, device=codes.device))
+        size = 1.0
+    scales.uniform_(0.5, 1.5, generator=generator).div_(size * shape[1] ** 0.5)
+    if zeros is not None:
+        zeros.uniform_(INT4_CODES / 2 - 1, INT4_CODES / 2, generator=generator)
+    return weight
+
+
 #: One layer's half: (attention's output, residual, layer's number) to residual + attention + MLP.
 LayerHalf = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -89,12 +122,13 @@ class Chain:
     """Layer halves one after the other, each on the output of the one before, as in a model."""
 
     def __init__(self, case: Case, layers: list[MLPWeights], M: int) -> None:
-        up, *_ = layers[0].plain
-        generator = torch.Generator(up.device).manual_seed(M)
+        like = layers[0].norm_weight
+        assert like is not None
+        generator = torch.Generator(like.device).manual_seed(M)
         shape = (M, case.hidden)
         self.layers = len(layers)
         self.residual, *self.attention = (
-            torch.randn(shape, generator=generator, device=up.device, dtype=up.dtype)
+            torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
             for _ in range(self.layers + 1)
         )
 

@@ -190,11 +190,12 @@ class TritonMLP(StandIn):
     ) -> None:
         """For int8, as in DeepSpeed: value = code * scale, scales are of flat groups.
 
-        q_scales: the last two are up's and down's, q_groups for each of the merged checkpoints, one
-        after the other; zeros may follow. A checkpoint's part of a matrix, row by row, is in
-        q_groups groups of equal size, or with mlp_extra_grouping in twice as many. merge_count: how
-        many checkpoints of a tensor-parallel model were merged, a power of two, whose exponent is
-        the attribute of this name: their rows of inter_w and their columns of output_w.
+        q_scales: the last two are up's and down's; zeros may follow their numbers. A checkpoint's
+        part of a matrix, row by row, is in q_groups groups of equal size, or with
+        mlp_extra_grouping in twice as many. merge_count: how many checkpoints of a tensor-parallel
+        model were merged, a power of two, whose exponent is the attribute of this name: their rows
+        of inter_w and their columns of output_w. Scales are in the order of `from_flat_groups`:
+        up's one checkpoint's after the other's, down's one group's after the other's.
         Raises ValueError where groups cover neither whole rows nor equal parts of one, and where
         numbers do not fit.
         """

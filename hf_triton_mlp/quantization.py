@@ -150,6 +150,30 @@ def same_format(one: Weight, other: Weight) -> bool:
     return format_of(one) == format_of(other)
 
 
+def blank(
+    shape: tuple[int, int],
+    config: QuantizationConfig,
+    device: torch.device | str | None = None,
+) -> QuantizedWeight:
+    """A weight (out, in) in this format, whose tensors are all 0."""
+    out, size = shape
+    group = config.group_size or size
+    groups = -(-size // group)
+    codes = -(-size // INT4_PER_WORD) if config.format == "int4" else size
+    scale = ROW_SCALE if config.group_size is None else GROUP_SCALE
+
+    def tensor(columns: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros((out, columns), dtype=dtype, device=device)
+
+    return QuantizedWeight(
+        tensor(codes, CODES[config.format]),
+        tensor(groups, scale),
+        None if config.symmetric else tensor(groups, GROUP_ZERO),
+        shape,
+        group,
+    )
+
+
 @torch.no_grad()
 def quantize(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
     """The weight (out, in), of any floating dtype, in another format; on its device.
@@ -303,7 +327,9 @@ def from_flat_groups(
 
     scales: any shape of merged * groups numbers. The matrix was put together from `merged` of
     equal size along `dim`, and the values of each of these, one row after the other, were in so
-    many groups of equal size.
+    many groups of equal size. DeepSpeed puts columns of scales together as it does matrices: for
+    rows, dim 0, one part's scales follow the other's; for columns, dim 1, each group's follow each
+    other, one of each part (its runtime/weight_quantizer.py and inference/csrc/dequantize.cu).
     Raises ValueError where a group covers neither whole rows nor an equal part of one, or where
     numbers do not fit.
     """
@@ -324,10 +350,8 @@ def from_flat_groups(
             "of a row"
         )
     group = min(length, size)
-    spread = [
-        part.float().repeat_interleave(length // group).view(out, -1)
-        for part in scales.reshape(merged, groups)
-    ]
+    of_parts = scales.reshape(merged, groups) if dim == 0 else scales.reshape(groups, merged).t()
+    spread = [part.float().repeat_interleave(length // group).view(out, -1) for part in of_parts]
     found = torch.cat(spread, dim=dim)
     whole_rows = found.shape[1] == 1
     return QuantizedWeight(

@@ -10,8 +10,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 from hf_triton_mlp import cli
+from hf_triton_mlp.autotune import Measured
 from hf_triton_mlp.cli import app
+from hf_triton_mlp.measure import Case
+from hf_triton_mlp.quantizer import quantization_of
 from hf_triton_mlp.specs import specs
+from hf_triton_mlp.tuning import Plan
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 NAMES = ["bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm"]
@@ -92,6 +96,7 @@ def test_info() -> None:
         (("tune",), "name a model"),
         (("tune", "--case", "gpt3"), "unknown case 'gpt3'; there are gpt2,"),
         (("tune", "--case", "gpt2", "--kernel", "magic"), "unknown kernel 'magic'"),
+        (("tune", "--case", "gpt2", "--quantization", "int3"), "unknown quantization 'int3'"),
         (("bench", "mlp", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("bench", "generate", "gpt2", "--quantization", "int3"), "unknown quantization 'int3'"),
         (("validate", CHECKPOINTS / "gpt2", "--quantization", "int3"), "format is 'int3'"),
@@ -177,3 +182,29 @@ def test_validate_a_quantization(tmp_path: Path) -> None:
     cost = report["quality"]
     assert report["perplexity_original"] > 1.01 * cost["perplexity_original"]
     assert cost["perplexity_quantized"] == pytest.approx(report["perplexity_patched"])
+
+
+def test_tune_measures_the_formats_that_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[Case] = []
+
+    def tune(cases: list[Case], dtype: torch.dtype, path: Path, **options: Any) -> Any:
+        seen.extend(cases)
+        plan = Plan(kernel="library")
+        return [(case, 64, Measured(plan, plan, 1.0, [])) for case in cases]
+
+    monkeypatch.setattr(cli, "_need_gpu", lambda: None)
+    monkeypatch.setattr(cli.autotune, "tune", tune)
+    place = "tune", CHECKPOINTS / "llama", "--case", "gpt2", "--json", tmp_path / "plans.json"
+    result = run(*place)
+    assert result.exit_code == 0, result.output
+    assert [case.quantization for case in seen] == [None, None] and "int8" not in result.output
+    seen.clear()
+    result = run(*place, "--quantization", "int8", "--quantization", "int4")
+    assert result.exit_code == 0, result.output
+    assert len(seen) == 4 and {case.gated for case in seen} == {True, False}
+    # As patch_model(quantization=…) quantizes.
+    formats = quantization_of("int8"), quantization_of("int4")
+    assert [case.quantization for case in seen] == [*formats, *formats]
+    assert "768, 3072, int8" in result.output and "768, 3072, int4" in result.output

@@ -20,7 +20,7 @@ from hf_triton_mlp import autotune, launchers
 from hf_triton_mlp.kernels import INTERPRETED, quantized_linear_kernel
 from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
 from hf_triton_mlp.measure import CASES, Case
-from hf_triton_mlp.quantization import CODES, QuantizationConfig, QuantizedWeight, Weight
+from hf_triton_mlp.quantization import QuantizationConfig, Weight, blank
 from hf_triton_mlp.tuning import PDL_CAPABILITY, Linear, Plan, choose
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -80,24 +80,6 @@ def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> A
     return compiled
 
 
-def quantized(out: int, size: int, config: QuantizationConfig) -> QuantizedWeight:
-    """A weight without memory."""
-
-    def empty(columns: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty((out, columns), dtype=dtype, device="meta")
-
-    group = config.group_size or size
-    groups = -(-size // group)
-    stored = torch.float32 if config.group_size is None else torch.bfloat16
-    return QuantizedWeight(
-        empty(size // 8 if config.format == "int4" else size, CODES[config.format]),
-        empty(groups, stored),
-        None if config.symmetric else empty(groups, torch.float16),
-        (out, size),
-        group,
-    )
-
-
 def launches(
     case: Case,
     M: int,
@@ -119,7 +101,7 @@ def launches(
         return empty(size) if present else None
 
     def matrix(out: int, size: int) -> Weight:
-        return empty(out, size) if config is None else quantized(out, size, config)
+        return empty(out, size) if config is None else blank((out, size), config, "meta")
 
     H, I = case.hidden, case.intermediate  # noqa: E741
     x, residual, carry, hidden, out = (
@@ -211,7 +193,7 @@ def test_other_kernels_of_quantized_weights_compile(
     config: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     found = QUANTIZED[config]
-    weight = quantized(4096, 1024, found)
+    weight = blank((4096, 1024), found, "meta")
     out = torch.empty((512, 1024), dtype=dtype, device="meta")
     calls = [launchers.dequantize_launch(weight, 512, out)]
     if dtype == torch.float32:
@@ -261,6 +243,31 @@ def test_candidates_compile(name: str, kernel: str, tokens: int, tmp_path: Path)
     up, down = autotune.linears(CASES[name], tokens, torch.float16)
     for call in launches(CASES[name], tokens, torch.float16, (first(up), first(down))):
         check_compiles(call, (9, 0), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "config"),
+    [
+        ("opt-1.3b", 1, "int8"),
+        ("opt-1.3b", 1, "int4 asymmetric"),
+        ("bloom-7b1", 4, "int4 asymmetric"),
+        ("bloom-7b1", 16, "int8"),
+        ("llama-3.1-8b", 4, "int4 32 asymmetric"),
+    ],
+)
+def test_candidates_of_quantized_weights_compile(
+    name: str, tokens: int, config: str, tmp_path: Path
+) -> None:
+    """The second and the last of each layer: the first is the default."""
+    case = replace(CASES[name], quantization=QUANTIZED[config])
+    found = [
+        autotune.candidates(linear, (9, 0), 132)
+        for linear in autotune.linears(case, tokens, torch.float16)
+    ]
+    for i in (1, -1):
+        up, down = (plans[i] for plans in found)
+        for call in launches(case, tokens, torch.float16, (up, down), config=case.quantization):
+            check_compiles(call, (9, 0), tmp_path)
 
 
 def streams(rows: int, up: dict[str, int], down: dict[str, int]) -> tuple[Plan, Plan]:

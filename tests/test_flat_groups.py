@@ -12,7 +12,8 @@ from hf_triton_mlp import MLPConfig, TritonMLP
 def flat(codes: torch.Tensor, scales: torch.Tensor, merged: int, dim: int) -> torch.Tensor:
     """The weight of codes whose scales are of flat groups, part by part as before the merge."""
     parts = codes.double().chunk(merged, dim)
-    groups = scales.double().view(merged, -1)
+    # Merged columns have their scales side by side, too.
+    groups = scales.double().view(merged, -1) if dim == 0 else scales.double().view(-1, merged).t()
     values = [
         (part.reshape(groups.shape[1], -1) * group[:, None]).view(part.shape)
         for part, group in zip(parts, groups, strict=True)

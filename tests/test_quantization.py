@@ -182,15 +182,38 @@ def test_flat_groups(dim: int, merged: int, groups: int) -> None:
     generator = torch.Generator().manual_seed(groups)
     shape = [16, 32]
     codes = [torch.randint(-127, 128, shape, generator=generator) for _ in range(merged)]
-    scales = torch.rand(merged, groups, generator=generator)
+    scales = [torch.rand(groups, 1, generator=generator) for _ in range(merged)]
     expected = [
-        (part.view(groups, -1) * scale[:, None]).view(shape)
+        (part.view(groups, -1) * scale).view(shape)
         for part, scale in zip(codes, scales, strict=True)
     ]
     found = from_flat_groups(
-        torch.cat(codes, dim=dim).to(torch.int8), scales, groups=groups, merged=merged, dim=dim
+        torch.cat(codes, dim=dim).to(torch.int8),
+        torch.cat(scales, dim=dim),
+        groups=groups,
+        merged=merged,
+        dim=dim,
     )
     assert torch.equal(found.dequantize(torch.float32), torch.cat(expected, dim=dim))
+
+
+def test_merged_columns_have_the_scales_that_deepspeed_finds() -> None:
+    """Value by value, by the index that its dequantize_kernel computes for weights (in, out)."""
+    groups, merge_count = 8, 1  # the logarithm, as its modules keep it
+    out, size = 16, 64
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (out, size), generator=generator).to(torch.int8)
+    scales = torch.rand(1, groups << merge_count, generator=generator)
+    merge_hidden = size >> merge_count
+    stride = merge_hidden * out // groups
+    expected = torch.empty(out, size)
+    for k in range(size):
+        part = k // merge_hidden
+        for n in range(out):
+            group = (k - part * merge_hidden + n * merge_hidden) // stride
+            expected[n, k] = scales[0, (group << merge_count) + part] * codes[n, k]
+    found = from_flat_groups(codes, scales, groups=groups, merged=1 << merge_count, dim=1)
+    assert torch.equal(found.dequantize(torch.float32), expected)
 
 
 def test_flat_groups_that_are_refused() -> None:

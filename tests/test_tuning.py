@@ -13,9 +13,12 @@ import tiny_models as tiny
 import torch
 import triton
 
-from hf_triton_mlp import autotune, patch_model, patch_report, tuning
-from hf_triton_mlp.autotune import candidates, cases_of, linears
+from hf_triton_mlp import autotune, launchers, patch_model, patch_report, tuning
+from hf_triton_mlp.autotune import Measured, candidates, cases_of, linears
+from hf_triton_mlp.launchers import NO_SUMMANDS, linear_of
 from hf_triton_mlp.measure import CASES, Case, random_layers
+from hf_triton_mlp.quantization import QuantizedWeight, quantize
+from hf_triton_mlp.quantizer import quantization_of
 from hf_triton_mlp.tuning import Linear, Plan, choose, parse, save
 
 HALF = torch.float16
@@ -346,15 +349,143 @@ def test_patched_models_use_the_table(table: Path) -> None:
     assert "skinny 1x1x16, 1 warps" in str(patch_report(model))
 
 
+# --- quantized layers -------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("form", "group"), [("int4", 128), ("int8", 0), ("int8", 17)])
-@pytest.mark.parametrize("rows", [1, 4, 16, 17, 64, 300, 2048])
+@pytest.mark.parametrize("rows", [1, 4, 12, 16, 17, 64, 300, 2048])
 def test_candidates_of_quantized_weights(rows: int, form: str, group: int, gated: bool) -> None:
-    for N, K in ((16384, 4096), (4096, 16384), (1001, 4099)):
+    for N, K in ((16384, 4096), (4096, 16384), (7168, 28672), (1001, 4099)):
         linear = Linear(rows, N, K, torch.float16, True, gated, form, group)
-        found = candidates(linear, (9, 0), 132)
-        assert 0 < len(found) <= 60
-        assert found[0] == choose(linear, (9, 0))
-        for plan in found:
-            plan.check(rows, torch.float16)
-            assert plan.kernel != "quantized" or (K % 32 == 0 and group != 17)
+        for capability, processors in ((AMPERE, 108), (HOPPER, 132)):
+            found = candidates(linear, capability, processors)
+            assert 0 < len(found) <= (13 if rows <= tuning.DECODE_ROWS else 60)
+            assert found[0] == choose(linear, capability)
+            for plan in found:
+                plan.check(rows, torch.float16)
+                assert plan.pdl == (capability == HOPPER)
+                in_words = plan.kernel in ("quantized", "quantized_row")
+                assert not in_words or (K % 32 == 0 and group != 17)
+                assert plan.kernel != "quantized_row" or (rows == 1 and plan.block_k >= K)
+                assert plan.splits == 1 or plan.splits * plan.block_k <= K
+
+
+#: Rows, outputs, and what was the fastest on an H100: blocks of 8 outputs, warps, slices, stages
+#: and splits.
+FASTEST = {
+    "int4": [
+        (4, 16384, (4, 8, 4, 1, 1)),
+        (4, 4096, (2, 8, 8, 2, 1)),
+        (8, 16384, (8, 4, 4, 1, 1)),
+        (16, 4096, (8, 4, 4, 1, 4)),
+    ],
+    "int8": [
+        (4, 16384, (4, 4, 4, 2, 1)),
+        (4, 4096, (2, 8, 8, 4, 1)),
+        (16, 16384, (8, 4, 4, 1, 1)),
+        (16, 4096, (4, 4, 4, 2, 2)),
+    ],
+}
+
+
+@pytest.mark.parametrize("form", FASTEST)
+def test_what_was_the_fastest_is_a_candidate(form: str) -> None:
+    up_and_down = {16384: 4096, 4096: 16384}
+    for rows, N, (high, warps, slices, stages, splits) in FASTEST[form]:
+        group = 128 if form == "int4" else 0
+        linear = Linear(rows, N, up_and_down[N], HALF, format=form, group=group)
+        plan = Plan(
+            kernel="quantized",
+            block_m=rows,
+            block_n=8 * high * warps // slices,
+            block_k=slices * tuning.QUANTIZED_DEPTH,
+            num_warps=warps,
+            slices=slices,
+            num_stages=stages,
+            splits=splits,
+            pdl=True,
+        )
+        assert plan in candidates(linear, HOPPER, 132)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_random_codes(form: str) -> None:
+    """They have the keys of a patched model's, and values as large as those that are not codes."""
+    config = quantization_of(form)
+    case = Case("small", 96, 320, "silu", gated=True, quantization=config)
+    layer = random_layers(case, HALF, "cpu")[0]
+    for weight in (layer.up, layer.gate, layer.down):
+        assert isinstance(weight, QuantizedWeight)
+        real = quantize(torch.randn(weight.shape), config)
+        assert weight[3:] == real[3:]
+        for found, expected in zip(weight[:3], real[:3], strict=True):
+            assert (found is None) == (expected is None)
+            if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
+                assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        values = weight.dequantize(torch.float32) * weight.shape[1] ** 0.5
+        assert 0.9 < values.std() < 1.1 and abs(values.mean()) < 0.2 and values.abs().max() < 9
+    for M in (1, 4, 64):
+        up, down = linears(case, M, HALF)
+        assert up == linear_of(M, layer.up, True, HALF) and up.format == form and up.gated
+        assert down == linear_of(M, layer.down, False, HALF) and down.format == form
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_measured_plans_of_quantized_layers_are_used(
+    form: str, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From `tune`, whose measurements are made up here, to what runs."""
+    gpu = SimpleNamespace(name=GPU, major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(launchers, "gpu", lambda index: (GPU, HOPPER))
+    monkeypatch.setattr(autotune, "compile_kernels", lambda *rest: [(1, 1)])
+    monkeypatch.setattr(
+        autotune, "random_layers", lambda case, dtype: random_layers(case, dtype, "cpu")
+    )
+
+    def measure(case: Case, layers: list[Any], M: int, *, kernels: Any) -> Measured:
+        up, down = (autotune.tried_plans(linear, kernels)[-1] for linear in linears(case, M, HALF))
+        return Measured(up, down, 1.0, [])
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    case = Case("small", 2048, 1024, "silu", gated=True, quantization=quantization_of(form))
+    found = autotune.tune([case], HALF, table, rows=(1, 4, 16, 128, 1024))
+    layer = random_layers(case, HALF, "cpu")[0]
+    kernels = set()
+    for _, M, measured in found:
+        for weight, gate, plan in (
+            (layer.up, layer.gate, measured.up),
+            (layer.down, None, measured.down),
+        ):
+            gated, N, K = gate is not None, *weight.shape
+            default = choose(linear_of(M, weight, gated, HALF), HOPPER)
+            assert plan != default or M > 512
+            for dtype in (torch.float16, torch.bfloat16):
+                assert launchers.plan_linear(M, weight, gated=gated, dtype=dtype) == plan
+                x = torch.empty(M, K, dtype=dtype)
+                assert launchers.executable(plan, x, weight, gate, NO_SUMMANDS) == plan
+            # Nobody measured these.
+            other = launchers.plan_linear(M, weight, gated=gated, dtype=torch.float32)
+            assert other == choose(linear_of(M, weight, gated, torch.float32), HOPPER)
+            plain = Linear(M, N, K, HALF, gated=gated)
+            assert tuning.plan(plain, GPU, HOPPER) == choose(plain, HOPPER)
+            kernels.add(plan.kernel)
+    assert kernels == {"quantized_row", "quantized", "tiled", "library"}
+    assert len(parse(json.loads(table.read_text()), GPU)) == 2 * len(found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_tune_quantized_layers(form: str, table: Path) -> None:
+    case, rows = Case("small", 512, 1024, quantization=quantization_of(form)), (1, 4, 32)
+    found = autotune.tune([case], HALF, table, rows=rows, processes=4)
+    plans = parse(json.loads(table.read_text()), torch.cuda.get_device_name())
+    assert len(found) == len(rows) and len(plans) == 2 * len(rows)
+    for _, M, measured in found:
+        up, down = linears(case, M, HALF)
+        assert plans[up.key] == measured.up and plans[down.key] == measured.down
+        # Every candidate runs; none is wrong.
+        assert {what for what, _, _ in measured.tried} == {"up", "down"}
