@@ -45,6 +45,7 @@ FORMATS = {
     "int4": QuantizationConfig(format="int4", group_size=128, symmetric=False),
     "int4 symmetric": QuantizationConfig(format="int4", group_size=128),
     "fp8": QuantizationConfig(format="fp8"),
+    "fp8 x fp8": QuantizationConfig(format="fp8", activations="fp8"),
 }
 CASES_OF_BARS = ("opt-1.3b", "bloom-7b1", "opt-30b")
 ROWS = (1, 2, 4, 8, 16, 512, 2048, 4096)
@@ -210,7 +211,10 @@ def _cell(
 
 
 def _error_over_torch(case: Case, layer: MLPWeights, chain: Chain, half: LayerHalf) -> float:
-    """Our error against float32 with the weights that codes stand for, over PyTorch's own."""
+    """Our error against float32 with the weights that codes stand for, over PyTorch's own.
+
+    Neither of these rounds rows to fp8.
+    """
     plain = dequantized_layer(layer, torch.float32)
     op = MLPGemmOp(activation=case.activation, norm=case.norm)
     a, r = chain.attention[0][:256], chain.residual[:256]
@@ -230,7 +234,7 @@ def _peers(form: str) -> dict[str, MakeLinear]:
         found["torchao"] = partial(_torchao, form)
     if form == "int4":
         found["tinygemm (bfloat16)"] = _tinygemm
-    if installed("gemlite") and not symmetric:
+    if installed("gemlite") and not symmetric and form != "fp8 x fp8":
         found["gemlite"] = partial(_gemlite, form)
     if installed("bitsandbytes") and form in ("int8", "int4"):
         found["bitsandbytes"] = partial(_bitsandbytes, form)
@@ -273,6 +277,7 @@ def _torchao(form: str, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor
             group_size=128, int4_packing_format="tile_packed_to_4d"
         ),
         "fp8": lambda: ao.Float8WeightOnlyConfig(),
+        "fp8 x fp8": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
     }
     linear = _linear(weight, bias)
     if form == "int4":  # its kernel takes bfloat16 alone

@@ -167,6 +167,7 @@ def quantize(
     refine: Annotated[
         bool, typer.Option(help="int4: search scales and zeros, which takes longer")
     ] = False,
+    activations: Annotated[str | None, typer.Option(help="fp8: inputs too, with fp8")] = None,
     include: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="layers; may be repeated")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16")] = "float16",
@@ -186,6 +187,7 @@ def quantize(
             group_size=group_size,
             symmetric=symmetric,
             refine=refine,
+            activations=activations,
             include=include,
             exclude=exclude,
         )

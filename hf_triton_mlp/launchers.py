@@ -5,7 +5,7 @@ Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -138,9 +138,6 @@ _COMPILED_LIMIT = 4096
 OPTIONS = {"enable_fp_fusion": True}
 
 
-#: Whose matrix units multiply fp8.
-FP8_CAPABILITY = (8, 9)
-
 #: Words in a vector of 16 bytes. Triton has to know that rows of codes start with one.
 VECTOR = 4
 
@@ -212,14 +209,13 @@ def linear(
     summands: Summands = NO_SUMMANDS,
     plan: Plan | None = None,
     waited: bool = False,
-    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), contiguous.
 
     One launch, or one more for a norm that the plan's kernel does not fuse, and one more when K
     is split.
     waited: whoever wrote the weights is done: the launch before this one is ours, say, and has
-    itself waited. activations: what x may become too where cuBLAS multiplies fp8 weights.
+    itself waited.
     """
     M, N = x.shape[0], weight.shape[0]
     if M == 0:
@@ -232,7 +228,7 @@ def linear(
         norm, summands, waited = None, NO_SUMMANDS, True
     plan = executable(plan, x, weight, gate[0], summands)
     if plan.kernel == "library":
-        if activations == "fp8" and multiplies_fp8(weight, x):
+        if multiplies_fp8(weight, M, x.dtype) and in_vectors(gate[0]):
             return fp8_linear(x, weight, bias, gate, activation, summands)
         return library_linear(x, weight, bias, gate, activation, summands)
     out = torch.empty((M, N), dtype=x.dtype, device=x.device)
@@ -259,12 +255,10 @@ def normed_mlp(
     plans: tuple[Plan | None, Plan | None] = (None, None),
     early: bool = False,
     branch_scale: float = 1.0,
-    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H).
 
     early: as in `TritonMLP.forward`. branch_scale: pre-norm, the sums are `scaled_add`s.
-    activations: as in `linear`.
     """
     w, scaled = weights, branch_scale != 1.0
     if scaled:
@@ -274,7 +268,7 @@ def normed_mlp(
     down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
     in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
-    in_place = in_place and activations is None
+    in_place = in_place and not multiplies_fp8(w.down, x.shape[0], x.dtype)
     carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     before = Norm(
         kind=norm,
@@ -295,7 +289,6 @@ def normed_mlp(
         summands=Summands(add=residual, add_bias=bias),
         plan=up_plan,
         waited=early,
-        activations=activations,
     )
     if in_place:
         # Post-norm without a bias, the carry is what the norm gave, and nothing reads it any more.
@@ -303,11 +296,11 @@ def normed_mlp(
             multiply_slabs(carry, hidden, w.down, beta=1.0)
             return carry
         return carry.addmm_(hidden, w.down.t())
-    options = {"plan": down_plan, "waited": True, "activations": activations}
     if scaled:
-        branch = linear(hidden, w.down, w.down_bias, **options)
+        branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
         return scaled_add(carry, branch, None, branch_scale)
-    return linear(hidden, w.down, w.down_bias, summands=Summands(carry), **options)
+    summands = Summands(carry)
+    return linear(hidden, w.down, w.down_bias, summands=summands, plan=down_plan, waited=True)
 
 
 def branch_normed_mlp(
@@ -320,11 +313,10 @@ def branch_normed_mlp(
     norm: str | None,
     norm_eps: float,
     branch_norm: str,
-    activations: Literal["fp8"] | None = None,
 ) -> Tensor:
     """s + branch_norm(MLP(u)), for s = residual + branch_norm(x + bias) and u = norm(s), or s.
 
-    x: rows (tokens, H); activations: as in `linear`. Four launches, or more where K is split.
+    x: rows (tokens, H). Four launches, or more where K is split.
     """
     w = weights
     up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
@@ -343,10 +335,8 @@ def branch_normed_mlp(
         activation=activation,
         plan=up_plan,
         waited=True,
-        activations=activations,
     )
-    options = {"plan": down_plan, "waited": True, "activations": activations}
-    branch = linear(hidden, w.down, w.down_bias, **options)
+    branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
     output_norm = BranchNorm(branch_norm, norm_eps, w.output_norm_weight, out)
     norm_sum(branch, None, total, output_norm, pdl=down_plan.pdl)
     return out
@@ -379,12 +369,54 @@ def library_linear(
     return join(out, summands)
 
 
-def multiplies_fp8(weight: Weight, x: Tensor) -> TypeGuard[QuantizedWeight]:
-    """Whether cuBLAS can multiply x, in fp8, by the codes of this weight."""
-    if not isinstance(weight, QuantizedWeight) or weight.format != "fp8" or INTERPRETED:
+def multiplies_fp8(weight: Weight, M: int, dtype: torch.dtype) -> TypeGuard[QuantizedWeight]:
+    """Whether M rows of this dtype become fp8, and are multiplied by the codes of the weight."""
+    if not isinstance(weight, QuantizedWeight) or weight.activations is None:
+        return False
+    if M <= tuning.DEQUANTIZED_ROWS or INTERPRETED or not weight.codes.is_cuda:
         return False
     whole = weight.shape[0] % 16 == weight.shape[1] % 16 == 0 and in_vectors(weight)
-    return whole and x.dtype != torch.float32 and gpu(x.device.index)[1] >= FP8_CAPABILITY
+    return whole and has_fp8_products(weight.device.index, dtype)
+
+
+@lru_cache
+def has_fp8_products(device_index: int | None, dtype: torch.dtype) -> bool:
+    """Whether PyTorch multiplies fp8 by rows' scales on this GPU, with results of this dtype.
+
+    Which GPUs it is depends on PyTorch's and cuBLAS's versions, and on the dtype.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    with torch.cuda.device(device_index):
+        codes = torch.zeros((16, 16), dtype=torch.float8_e4m3fn, device="cuda")
+        scales = torch.ones((16, 1), dtype=torch.float32, device="cuda")
+        bias = torch.zeros(16, dtype=dtype, device="cuda")
+        try:
+            multiply_fp8(codes, scales, codes, scales, bias, dtype)
+        except (RuntimeError, ValueError):
+            return False
+    return True
+
+
+def multiply_fp8(
+    x: Tensor,
+    scales: Tensor,
+    codes: Tensor,
+    of_rows: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(scales * x)·(of_rows * codes)ᵀ + bias, in this dtype, for x and codes in fp8."""
+    scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    return scaled_mm(
+        x,
+        codes.t(),
+        scale_a=scales,
+        scale_b=of_rows.t(),
+        bias=bias,
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
 
 
 def fp8_linear(
@@ -399,16 +431,7 @@ def fp8_linear(
     codes, scales = quantize_rows(x)
 
     def product(weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        scaled_mm = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-        return scaled_mm(
-            codes,
-            weight.codes.t(),
-            scale_a=scales,
-            scale_b=weight.scales.t(),
-            bias=bias,
-            out_dtype=x.dtype,
-            use_fast_accum=True,
-        )
+        return multiply_fp8(codes, scales, weight.codes, weight.scales, bias, x.dtype)
 
     out = product(weight, bias)
     gates = product(gate[0], gate[1]) if isinstance(gate[0], QuantizedWeight) else None
@@ -474,7 +497,10 @@ def plan_linear(
     M: int, weight: Weight, *, gated: bool = False, dtype: torch.dtype | None = None
 ) -> Plan:
     """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
-    return tuning.plan(linear_of(M, weight, gated, dtype), *gpu(weight.device.index))
+    linear, (name, capability) = linear_of(M, weight, gated, dtype), gpu(weight.device.index)
+    if multiplies_fp8(weight, M, linear.dtype):  # measured plans are of rows that stay 16 bits
+        return tuning.choose(linear, capability)
+    return tuning.plan(linear, name, capability)
 
 
 def executable(

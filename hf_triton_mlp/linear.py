@@ -96,7 +96,8 @@ class QuantizedLinear(nn.Module):
     def quantized(self) -> QuantizedWeight:
         """The weight as kernels read it."""
         shape = self.out_features, self.in_features
-        return QuantizedWeight(self.codes, self.scales, self.zeros, shape, self.group_size)
+        rest = shape, self.group_size, self.config.activations
+        return QuantizedWeight(self.codes, self.scales, self.zeros, *rest)
 
     @property
     def weight(self) -> Tensor:
@@ -149,6 +150,7 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.config.format}, "
             f"group_size={self.group_size}"
+            + (f", activations={self.config.activations}" if self.config.activations else "")
         )
 
 

@@ -262,12 +262,14 @@ class Carried(NamedTuple):
     """MLPWeights as custom ops take them: in tensors and numbers alone.
 
     weights: with the codes of quantized ones. scales: the scales and zeros of up, down and gate, in
-    turn; group_sizes: theirs, 0 where one is not quantized. Both are empty where none is.
+    turn; group_sizes: theirs, 0 where one is not quantized; fp8_rows: whether theirs is "fp8" for
+    `activations`. All three are empty where none is.
     """
 
     weights: MLPWeights
     scales: Sequence[Tensor | None] = ()
     group_sizes: Sequence[int] = ()
+    fp8_rows: Sequence[bool] = ()
 
 
 def carried(weights: MLPWeights) -> Carried:
@@ -275,20 +277,22 @@ def carried(weights: MLPWeights) -> Carried:
     projections = weights.up, weights.down, weights.gate
     if not any(isinstance(weight, QuantizedWeight) for weight in projections):
         return Carried(weights)
-    codes, scales, group_sizes = [], [], []
+    codes, scales, group_sizes, fp8_rows = [], [], [], []
     for weight in projections:
         quantized = isinstance(weight, QuantizedWeight)
         codes.append(weight.codes if quantized else weight)
         scales += (weight.scales, weight.zeros) if quantized else (None, None)
         group_sizes.append(weight.group_size if quantized else 0)
+        fp8_rows.append(quantized and weight.activations is not None)
     up, down, gate = codes
-    return Carried(weights._replace(up=up, down=down, gate=gate), scales, group_sizes)
+    return Carried(weights._replace(up=up, down=down, gate=gate), scales, group_sizes, fp8_rows)
 
 
 def _unpacked(
     weights: MLPWeights,
     scales: Sequence[Tensor | None],
     group_sizes: Sequence[int],
+    fp8_rows: Sequence[bool],
     hidden: int,
 ) -> MLPWeights:
     """The weights of an MLP of this hidden size, as they were before `carried`."""
@@ -296,7 +300,7 @@ def _unpacked(
         return weights
     intermediate = weights.up.shape[0]
     up, down, gate = (
-        _quantized(codes, scales[2 * i], scales[2 * i + 1], size, group_sizes[i])
+        _quantized(codes, scales[2 * i], scales[2 * i + 1], size, group_sizes[i], fp8_rows[i])
         for i, (codes, size) in enumerate(
             ((weights.up, hidden), (weights.down, intermediate), (weights.gate, hidden))
         )
@@ -305,12 +309,18 @@ def _unpacked(
 
 
 def _quantized(
-    codes: Any, scales: Tensor | None, zeros: Tensor | None, size: int, group_size: int
+    codes: Any,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    size: int,
+    group_size: int,
+    fp8_rows: bool,
 ) -> Any:
     """The weight (out, size) of these tensors; a plain one, or None, has no scales."""
     if scales is None:
         return codes
-    return QuantizedWeight(codes, scales, zeros, (codes.shape[0], size), group_size)
+    activations = "fp8" if fp8_rows else None
+    return QuantizedWeight(codes, scales, zeros, (codes.shape[0], size), group_size, activations)
 
 
 def _mlp_gemm(
@@ -329,6 +339,7 @@ def _mlp_gemm(
     output_norm_weight: Tensor | None,
     scales: Sequence[Tensor | None],
     group_sizes: Sequence[int],
+    fp8_rows: Sequence[bool],
     activation: str,
     norm: str | None,
     norm_eps: float,
@@ -348,7 +359,7 @@ def _mlp_gemm(
         attention_norm_weight,
         output_norm_weight,
     )
-    weights = _unpacked(weights, scales, group_sizes, input.shape[-1])
+    weights = _unpacked(weights, scales, group_sizes, fp8_rows, input.shape[-1])
     if not kernels_apply(input):
         op = MLPGemmOp(
             activation=activation,
@@ -401,10 +412,11 @@ def _gelu_gemm(
     add_bias: Tensor | None,
     scales: Sequence[Tensor | None],
     group_sizes: Sequence[int],
+    fp8_rows: Sequence[bool],
     activation: str,
 ) -> Tensor:
     w = MLPWeights(up, down, up_bias, down_bias, gate, gate_bias)
-    w = _unpacked(w, scales, group_sizes, input.shape[-1])
+    w = _unpacked(w, scales, group_sizes, fp8_rows, input.shape[-1])
     if not kernels_apply(input):
         return GELUGemmOp(activation=activation).compose(input, w, add, add2, add_bias)
     with on_device(input):
@@ -426,8 +438,9 @@ def _vector_matmul(
     scales: Tensor | None = None,
     zeros: Tensor | None = None,
     group_size: int = 0,
+    fp8_rows: bool = False,
 ) -> Tensor:
-    matrix = _quantized(weight, scales, zeros, input.shape[-1], group_size)
+    matrix = _quantized(weight, scales, zeros, input.shape[-1], group_size, fp8_rows)
     if not kernels_apply(input):
         return product(input, matrix, bias)
     with on_device(input):
@@ -674,8 +687,8 @@ class VectorMatMulOp:
         _check_vector("bias", bias, weight.shape[0], input)
         if isinstance(weight, Tensor):
             return _run_vector_matmul(input, weight, bias)
-        codes, scales, zeros, _, group_size = weight
-        return _run_vector_matmul(input, codes, bias, scales, zeros, group_size)
+        codes, scales, zeros, _, *rest, activations = weight
+        return _run_vector_matmul(input, codes, bias, scales, zeros, *rest, activations is not None)
 
     @staticmethod
     def reference(input: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -63,7 +63,8 @@ class PatchRow:
 
     verified: "yes", "yes, by structure", or "no" where nothing was compared: without verify, on the
     meta device, where parts are called, not read, and where there was no memory for a wider copy.
-    weights: the format of quantized ones, their bytes as they were and as they are; else "".
+    weights: the format of quantized ones (and of rows that become fp8 too), their bytes as they
+    were and as they are; else "".
     """
 
     layer: str
@@ -136,7 +137,7 @@ def patch_model(
     quantization: quantize the projections, "int8", "int4" and "fp8" with TritonMLPConfig's other
     values: one after the other on its device, with a progress bar of transformers' kind. The model
     is then as one that was loaded with a TritonMLPConfig. verify compares with what the quantized
-    weights stand for.
+    weights stand for; where rows become fp8 too, with rows that are rounded alike.
     keep_originals: keep what is quantized on the CPU, so that unpatch_model can put it back.
 
     Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
@@ -539,10 +540,10 @@ def _prove(swap: _Swap) -> bool:
             f"{name}: a copy of it cannot be run to verify its patch ({type(error).__name__}: "
             f"{error}); verify=False leaves that out"
         ) from error
-    if not all(math.isfinite(own) for _, own in errors):
+    if not all(math.isfinite(own) for _, own, _ in errors):
         return False
-    for found, own in errors:
-        if not proof.within_bound(found, own, dtype):
+    for found, own, rounding in errors:
+        if not proof.within_bound(found, own, dtype, rounding):
             raise ValueError(
                 f"{name}: a {type(module).__name__} computes something else than TritonMLP would: "
                 f"on random tokens the error is {found:.2e}, that of torch in {dtype} is {own:.2e}"
@@ -705,7 +706,8 @@ def _quantized_bytes(projections: Iterable[nn.Module | None]) -> str:
     group = "" if config.group_size is None else f" g{config.group_size}"
     before = sum(each.in_features * each.out_features * each.dtype.itemsize for each in found)
     after = sum(each.quantized.nbytes for each in found)
-    return f"{config.format}{group}, {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
+    rows = "" if config.activations is None else f" x {config.activations}"
+    return f"{config.format}{group}{rows}, {before / 1e6:.2f} -> {after / 1e6:.2f} MB"
 
 
 def _half(spec: MLPSpec, layer: FusedLayer) -> str:

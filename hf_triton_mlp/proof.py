@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_triton_mlp.launchers import multiplies_fp8
 from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.mlp import TritonMLP
-from hf_triton_mlp.reading import has_own_forward, is_plain
+from hf_triton_mlp.quantization import QuantizedWeight, fp8_rows
+from hf_triton_mlp.reading import has_own_forward, is_plain, split_packed
 
 #: What attention returns.
 ATTENTION_SCALE = 1 / 32
@@ -30,6 +32,9 @@ QUANTIZED_ROWS = (1, 3, 16, 40, 136)
 #: As in the tests of the kernels: torch's own error may be nothing, by chance.
 ERROR_RATIO = 2
 FLOOR_EPS = 2
+
+#: What the rounding of rows to fp8 may be taken to change: one step of its numbers.
+LARGEST_ROUNDING = torch.finfo(torch.float8_e4m3fn).eps
 
 
 class _Attention(nn.Module):
@@ -70,17 +75,18 @@ def errors(
     scales: Sequence[float] = SCALES,
     quantized: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
     rows: Sequence[int] = (1,),
-) -> list[tuple[float, float]]:
-    """(error of `module` patched, torch's own), relative to the same in a wider dtype.
+) -> list[tuple[float, float, float]]:
+    """(error of `module` patched, torch's own), relative to the same in a wider dtype; and what
+    rounding rows to fp8 changes there.
 
     module: a decoder layer, whose attention is left out, or (attention None) an MLP. like: a
     weight (…, H), whose dtype and device the probe has. scales: of what enters the layer, each
-    gives a pair of errors. quantized: what takes the places of some of its linear layers first.
-    rows: how many tokens, each number with a pair of errors of its own.
+    gives errors. quantized: what takes the places of some of its linear layers first.
+    rows: how many tokens, each number with errors of its own.
     A copy is run, without the attention's weights: by its own class, patched, and in float32, or
     float64 where it is float32. On a GPU the patched copy runs the kernels, elsewhere PyTorch on
     the tensors that they would read. Only patched it has quantized weights, else what they stand
-    for.
+    for, multiplied by rows that are rounded to fp8 where the kernels make fp8 of them.
     """
     generator = torch.Generator().manual_seed(0)
     dtype, device = like.dtype, like.device
@@ -115,23 +121,33 @@ def errors(
         return outputs
 
     layers = dict(quantized_linears(twin))
+    mlp = patch(twin)
+    mlp.proving = True
+    # On a GPU the first call binds launches, which compute the second, as they do a decode step.
+    found = run(dtype), run(dtype)
+    read = {name: layer.quantized for name, layer in layers.items()}
+    if mlp.packed is not None and mlp.projection_names is not None:
+        up = mlp.get_submodule(mlp.projection_names[0] or "")
+        of_both = [name for name, layer in layers.items() if layer is up]
+        read |= {name: split_packed(mlp.packed, read[name])[0] for name in of_both}
+    unpatch(twin)
 
-    def dequantize(dtype: torch.dtype) -> None:
+    def dequantize(to: torch.dtype, *, rounded: bool = True) -> None:
         for name, layer in layers.items():
-            twin.set_submodule(name, layer.dequantized(dtype))
+            plain = layer.dequantized(to)
+            if rounded:
+                plain.register_forward_pre_hook(_rounding(read[name], dtype))
+            twin.set_submodule(name, plain)
 
     dequantize(dtype)
     own = run(dtype)
-    for name, layer in layers.items():
-        twin.set_submodule(name, layer)
-    patch(twin).proving = True
-    # On a GPU the first call binds launches, which compute the second, as they do a decode step.
-    found = run(dtype), run(dtype)
-    unpatch(twin)
     wide = torch.float64 if dtype is torch.float32 else torch.float32
     dequantize(wide)
     twin.to(wide)
-    exact = run(wide)
+    exact = unrounded = run(wide)
+    if any(weight.activations is not None for weight in read.values()):
+        dequantize(wide, rounded=False)
+        unrounded = run(wide)
 
     def error(*outputs: list[Tensor]) -> list[float]:
         """For each probe the greatest of some outputs; NaN if one has it."""
@@ -142,14 +158,26 @@ def errors(
             greatest.append((distance / size if size > 0 else distance).item())
         return greatest
 
-    return list(zip(error(*found), error(own), strict=True))
+    return list(zip(error(*found), error(own), error(unrounded), strict=True))
 
 
-def within_bound(found: float, own: float, dtype: torch.dtype) -> bool:
+def _rounding(weight: QuantizedWeight, dtype: torch.dtype) -> Callable[..., Any]:
+    """A hook that rounds a linear layer's rows as `linear` does for this weight, in this dtype."""
+
+    def hook(linear: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
+        (x,) = given
+        return (fp8_rows(x),) if multiplies_fp8(weight, x.shape[:-1].numel(), dtype) else given
+
+    return hook
+
+
+def within_bound(found: float, own: float, dtype: torch.dtype, rounding: float = 0.0) -> bool:
     """Whether the patched error is at most twice torch's own and two roundings; NaN is not.
 
     Nor is one that leaves less than half of the digits: torch's own is as large where a layer is
-    random.
+    random. Where rows become fp8, what that rounding changes is allowed on top: matrix units add
+    fp8 products with fewer digits than float32's, and by how many differs from GPU to GPU.
     """
     eps = torch.finfo(dtype).eps
-    return found <= min(ERROR_RATIO * own + FLOOR_EPS * eps, math.sqrt(eps))
+    bound = min(ERROR_RATIO * own + FLOOR_EPS * eps, math.sqrt(eps))
+    return found <= bound + min(rounding, LARGEST_ROUNDING)

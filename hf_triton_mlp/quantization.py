@@ -56,6 +56,10 @@ class QuantizationConfig:
     of some parts of its range, as GPTQ's quantizer searches (Frantar et al. 2022, "mse"), and of
     the zeros that half-quadratic quantization finds for each (Badri and Shaji 2023,
     https://mobiusml.github.io/hqq_blog/). False: the whole range, rounded to nearest.
+    activations: "fp8", with format "fp8", for inputs that become fp8 too where patched layers
+    multiply more than 128 rows (of prompts, say) at once, each row with a scale of its own. That
+    takes float16 or bfloat16, sizes that are multiples of 16, and a GPU on which PyTorch multiplies
+    fp8 by rows' scales (compute capability 8.9 or newer); all else is computed as with None.
     Raises ValueError for anything else.
     """
 
@@ -63,6 +67,7 @@ class QuantizationConfig:
     group_size: int | None = None
     symmetric: bool = True
     refine: bool = False
+    activations: Literal["fp8"] | None = None
 
     def __post_init__(self) -> None:
         if self.format not in LARGEST:
@@ -78,6 +83,11 @@ class QuantizationConfig:
             raise ValueError(f"group_size is {size}; fp8 has one scale for each row, so None")
         if self.format != "int4" and not (self.symmetric and not self.refine):
             raise ValueError(f"{self.format} is symmetric and rounds to nearest; int4 has more")
+        if self.activations is not None and (self.format, self.activations) != ("fp8", "fp8"):
+            raise ValueError(
+                f"activations is {self.activations!r} with format {self.format!r}, supported: "
+                "None, and 'fp8' with format 'fp8'"
+            )
 
 
 class QuantizedWeight(NamedTuple):
@@ -85,7 +95,7 @@ class QuantizedWeight(NamedTuple):
 
     codes: int8 or float8_e4m3fn (out, in), or int4 in words, int32 (out, ⌈in / 8⌉).
     scales: (out, groups), float32 for whole rows, else bfloat16; zeros: (out, groups), float16, or
-    None. shape: (out, in); group_size: `in` for whole rows.
+    None. shape: (out, in); group_size: `in` for whole rows. activations: as in QuantizationConfig.
     """
 
     codes: Tensor
@@ -93,6 +103,7 @@ class QuantizedWeight(NamedTuple):
     zeros: Tensor | None
     shape: tuple[int, int]
     group_size: int
+    activations: Literal["fp8"] | None = None
 
     @property
     def format(self) -> str:
@@ -115,7 +126,9 @@ class QuantizedWeight(NamedTuple):
         tensors = (self.codes, self.scales, self.zeros)
         parts = [(None,) * chunks if t is None else t.chunk(chunks) for t in tensors]
         return [
-            QuantizedWeight(codes, scales, zeros, (len(codes), self.shape[1]), self.group_size)
+            self._replace(
+                codes=codes, scales=scales, zeros=zeros, shape=(len(codes), self.shape[1])
+            )
             for codes, scales, zeros in zip(*parts, strict=True)
         ]
 
@@ -140,12 +153,16 @@ Weight: TypeAlias = Tensor | QuantizedWeight
 
 
 def same_format(one: Weight, other: Weight) -> bool:
-    """Whether one kernel reads both: both plain, or of one format and with groups of one size."""
+    """Whether one kernel reads both: both plain, or of one format and with groups of one size.
+
+    Rows that they are multiplied by become fp8 for both, or for none.
+    """
 
     def format_of(weight: Weight) -> tuple[object, ...] | None:
         if isinstance(weight, Tensor):
             return None
-        return weight.format, weight.group_size, weight.scales.dtype, weight.zeros is None
+        kind = weight.format, weight.activations
+        return *kind, weight.group_size, weight.scales.dtype, weight.zeros is None
 
     return format_of(one) == format_of(other)
 
@@ -193,6 +210,7 @@ def quantize(weight: Tensor, config: QuantizationConfig) -> QuantizedWeight:
         torch.cat(zeros) if zeros else None,
         (out, size),
         parts[0].group_size,
+        config.activations,
     )
 
 
@@ -268,6 +286,13 @@ def _asymmetric(
 
     scales, zeros = _best(groups, tried(), values)
     return codes_for(scales, zeros), scales.to(stored), zeros.to(GROUP_ZERO)
+
+
+def fp8_rows(x: Tensor) -> Tensor:
+    """What x (…, size) is, in its dtype, once its rows have become fp8, each with a scale."""
+    values = x.float()
+    scales = values.abs().amax(-1, keepdim=True) / LARGEST["fp8"]
+    return (_divide(values, scales).to(CODES["fp8"]).float() * scales).to(x.dtype)
 
 
 def _ranges(config: QuantizationConfig) -> tuple[float, ...]:

@@ -27,7 +27,7 @@ class TritonMLPConfig(QuantizationConfigMixin):
     """How transformers quantizes the MLPs of a model that it loads.
 
     bits: 4 or 8, for format "int4" or "int8"; or format: as in QuantizationConfig, as are
-    group_size, symmetric (by default int4 is not) and refine.
+    group_size, symmetric (by default int4 is not), refine and activations.
     include, exclude: layers, as for patch_model. modules: the names of what is quantized, which a
     saved model has.
     Raises ValueError as QuantizationConfig does.
@@ -41,6 +41,7 @@ class TritonMLPConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         symmetric: bool | None = None,
         refine: bool = False,
+        activations: str | None = None,
         include: Sequence[str | int] | None = None,
         exclude: Sequence[str | int] | None = None,
         modules: Sequence[str] | None = None,
@@ -54,7 +55,7 @@ class TritonMLPConfig(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
         self.format = format or of_bits[bits] or "int8"
         self.symmetric = self.format != "int4" if symmetric is None else symmetric
-        self.refine = refine
+        self.refine, self.activations = refine, activations
         self.group_size = group_size
         self.group_size = self.quantization.group_size
         self.include, self.exclude, self.modules = include, exclude, modules
@@ -67,6 +68,7 @@ class TritonMLPConfig(QuantizationConfigMixin):
             group_size=self.group_size,
             symmetric=self.symmetric,
             refine=self.refine,
+            activations=self.activations,  # pyright: ignore[reportArgumentType]
         )
 
 

@@ -141,7 +141,8 @@ def validate(
     in every case, maximum and RMS error of the logits and RMS error of each hidden state (relative
     to its size at each position) are at most ERROR_RATIO times torch's own, or within one rounding,
     the perplexities agree within PERPLEXITY_TOLERANCE and, in float32, all greedy tokens are equal;
-    in half precision a different token is reported with the original's logit margin there.
+    in half precision a different token is reported with the original's logit margin there. Where
+    rows become fp8 (`activations` of QuantizationConfig), that rounding counts as an error.
     Raises ValueError when both models are one object, when the original is a patched model, and
     when the inputs hold no prompts that leave room for the new tokens.
     """

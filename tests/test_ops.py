@@ -719,13 +719,16 @@ def test_opcheck(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     normed = weights._replace(norm_bias=None, attention_norm_weight=bias, output_norm_weight=bias)
     ops = torch.ops.hf_triton_mlp
     for op, args in (
-        (ops.mlp_gemm, (x, x, bias, *weights, [], [], "relu", "layer_norm", 1e-5, True)),
+        (ops.mlp_gemm, (x, x, bias, *weights, [], [], [], "relu", "layer_norm", 1e-5, True)),
         (
             ops.mlp_gemm,
-            (x, x, bias, *normed, [], [], "relu", "rms_norm", 1e-5, True, 1.0, "rms_norm"),
+            (x, x, bias, *normed, [], [], [], "relu", "rms_norm", 1e-5, True, 1.0, "rms_norm"),
         ),
-        (ops.mlp_gemm, (x, None, None, *normed, [], [], "relu", None, 1e-5, True, 1.0, "rms_norm")),
-        (ops.gelu_gemm, (x, *weights[:6], x, None, bias, [], [], "gelu")),
+        (
+            ops.mlp_gemm,
+            (x, None, None, *normed, [], [], [], "relu", None, 1e-5, True, 1.0, "rms_norm"),
+        ),
+        (ops.gelu_gemm, (x, *weights[:6], x, None, bias, [], [], [], "gelu")),
         (ops.vector_matmul, (x, weights.up, weights.up_bias)),
         (ops.residual_add, (x, x, None, bias, None, 1.0, 1.0)),
     ):

@@ -1,7 +1,9 @@
 """patch_model(quantization=…): what it quantizes, saves, gives back and refuses."""
 
 import copy
+import io
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,15 +27,17 @@ from hf_triton_mlp import (
     patch_model,
     patch_report,
     patched,
+    proof,
     unpatch_model,
 )
 from hf_triton_mlp.bound import BoundMLP, BoundParts
 from hf_triton_mlp.fingerprint import fingerprint
+from hf_triton_mlp.launchers import has_fp8_products
 from hf_triton_mlp.layers import mlp_projections
 from hf_triton_mlp.linear import QuantizedLinear, quantized_linears
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, VectorMatMulOp, carried
-from hf_triton_mlp.quantization import QuantizedWeight, quantize
-from hf_triton_mlp.reading import read_projection
+from hf_triton_mlp.quantization import QuantizedWeight, fp8_rows, quantize, same_format
+from hf_triton_mlp.reading import read_projection, split_packed
 
 FORMATS = ("int8", "int4", "fp8")
 OPCHECKS = (
@@ -361,6 +365,93 @@ def test_a_quantized_layer_that_computes_something_else_is_refused(
     assert tree(model) == before
 
 
+def saturated(x: torch.Tensor) -> torch.Tensor:
+    most = x.abs().amax(-1, keepdim=True) / 3
+    return fp8_rows(x.clamp(-most, most))
+
+
+def with_another_rows_scale(x: torch.Tensor) -> torch.Tensor:
+    scales = x.abs().amax(-1, keepdim=True)
+    return fp8_rows(x) * (scales.roll(1, 1) / scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "phi3"])
+def test_products_in_fp8_are_proven(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against rows that are rounded alike; here with PyTorch in the place of cuBLAS."""
+    rounded: list[torch.Size] = []
+
+    def multiplies_fp8(weight: QuantizedWeight, M: int, dtype: torch.dtype) -> bool:
+        return weight.activations is not None and M > 128
+
+    def product(rounding: Any, x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+        if multiplies_fp8(weight, x.shape[:-1].numel(), x.dtype):
+            rounded.append(x.shape)
+            x = rounding(x)
+        return F.linear(x, weight.dequantize(x.dtype), bias)
+
+    monkeypatch.setattr(proof, "multiplies_fp8", multiplies_fp8)
+    model: Any = AutoModelForCausalLM.from_config(tiny.config(family)).eval()
+    model = tiny.randomized(model).to(dtype)
+    for wrong in (saturated, with_another_rows_scale, torch.zeros_like):
+        monkeypatch.setattr(ops, "product", partial(product, wrong))
+        with pytest.raises(ValueError, match="computes something else than TritonMLP would"):
+            patch_model(model, quantization=CONFIGS["fp8 x fp8"])
+    assert rounded and "quantization_config" not in model.config.to_dict()
+    monkeypatch.setattr(ops, "product", partial(product, fp8_rows))
+    patch_model(model, quantization=CONFIGS["fp8 x fp8"])
+    assert {row.verified for row in patch_report(model).rows} == {"yes"}
+    assert all(row.weights.startswith("fp8 x fp8, ") for row in patch_report(model).rows)
+
+
+def test_activations_are_kept() -> None:
+    layer = QuantizedLinear.from_linear(nn.Linear(64, 32), CONFIGS["fp8 x fp8"])
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for each in (layer, copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        weight = each.quantized
+        assert "activations=fp8" in repr(each) and weight.activations == "fp8"
+        assert [half.activations for half in split_packed("gate_up", weight)] == ["fp8", "fp8"]
+    plain = QuantizedLinear.from_linear(nn.Linear(64, 32), CONFIGS["fp8"]).quantized
+    assert not same_format(layer.quantized, plain)
+    assert same_format(layer.quantized, plain._replace(activations="fp8"))
+
+
+def test_rows_stay_as_they_are_on_the_cpu() -> None:
+    ids = torch.arange(3, 93).repeat(2, 1)
+    found = []
+    for name in ("fp8", "fp8 x fp8"):
+        model = patch_model(load("llama"), quantization=CONFIGS[name])
+        with torch.no_grad():
+            found.append(model(ids).logits)
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_of_prompts_become_fp8(name: str, dtype: torch.dtype) -> None:
+    """Where there are more than 128 of them; again where launches are bound for as many."""
+    if not has_fp8_products(torch.cuda.current_device(), dtype):
+        assert torch.cuda.get_device_capability()[0] != 9
+        pytest.skip("needs a GPU on which PyTorch multiplies fp8")
+    plain, model = (
+        patch_model(load(name, dtype).cuda(), quantization=CONFIGS[config])
+        for config in ("fp8", "fp8 x fp8")
+    )
+    assert {row.verified for row in patch_report(model).rows} == {"yes"}
+    for shape in ((1, 1), (4, 32), (4, 33)):
+        ids = torch.randint(3, 90, shape, device="cuda")
+        with torch.no_grad():
+            calls = [(plain(ids).logits.float(), model(ids).logits.float()) for _ in range(3)]
+        for expected, found in calls:
+            difference = (found - expected).norm() / expected.norm()
+            assert 1e-4 < difference < 0.2 if shape == (4, 33) else difference == 0
+
+
 # --- operations, bound launches, fingerprints ---------------------------------------------------
 
 
@@ -409,10 +500,11 @@ def test_opcheck(config: QuantizationConfig) -> None:
     custom = torch.ops.hf_triton_mlp
     up = weights.up
     assert isinstance(up, QuantizedWeight)
+    fp8_rows = up.activations is not None
     for op, args in (
         (custom.mlp_gemm, (x, x, None, *tensors, *rest, "relu", "rms_norm", 1e-5, True)),
         (custom.gelu_gemm, (x, *tensors[:6], x, None, None, *rest, "gelu")),
-        (custom.vector_matmul, (x, up.codes, None, up.scales, up.zeros, up.group_size)),
+        (custom.vector_matmul, (x, up.codes, None, up.scales, up.zeros, up.group_size, fp8_rows)),
     ):
         # A schema is checked by a comparison of inputs, which PyTorch has not for fp8 on the CPU.
         without = {"test_schema"} if config.format == "fp8" else set()
@@ -440,7 +532,7 @@ def test_launchers_get_the_weights_as_they_are(
         return x.new_zeros(x.shape[0], out)
 
     def key(weight: Any) -> tuple[Any, ...]:
-        return *map(id, weight[:3]), weight.shape, weight.group_size
+        return *map(id, weight[:3]), *weight[3:]
 
     monkeypatch.setattr(ops, "kernels_apply", lambda input: True)
     monkeypatch.setattr(ops, "linear", launcher)

@@ -215,7 +215,7 @@ def test_one_layer_of_each_kind(family: str, depth: str, monkeypatch: pytest.Mon
     seen: list[nn.Module] = []
     errors = proof.errors
 
-    def counted(module: nn.Module, *arguments: Any) -> list[tuple[float, float]]:
+    def counted(module: nn.Module, *arguments: Any) -> list[tuple[float, float, float]]:
         seen.append(module)
         return errors(module, *arguments)
 
@@ -316,7 +316,7 @@ def test_weights_that_are_not_numbers() -> None:
     ],
 )
 def test_no_memory_for_a_copy(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    def errors(*arguments: Any) -> list[tuple[float, float]]:
+    def errors(*arguments: Any) -> list[tuple[float, float, float]]:
         raise error
 
     monkeypatch.setattr(proof, "errors", errors)

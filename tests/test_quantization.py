@@ -158,6 +158,11 @@ def test_refined_errors_of_trained_weights_are_smaller(name: str, symmetric: boo
         ({"format": "fp8", "group_size": 64}, "64; fp8 has one scale for each row"),
         ({"format": "int8", "symmetric": False}, "int8 is symmetric"),
         ({"format": "fp8", "refine": True}, "fp8 is symmetric and rounds"),
+        (
+            {"format": "fp8", "activations": "int8"},
+            "'int8' with format 'fp8', supported: None",
+        ),
+        ({"format": "int4", "activations": "fp8"}, "activations is 'fp8' with format 'int4', supp"),
     ],
 )
 def test_configs_that_are_refused(arguments: dict[str, Any], found: str) -> None:

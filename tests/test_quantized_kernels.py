@@ -28,6 +28,7 @@ from hf_triton_mlp.launchers import (
 from hf_triton_mlp.quantization import (
     QuantizationConfig,
     QuantizedWeight,
+    fp8_rows,
     from_flat_groups,
     quantize,
 )
@@ -314,20 +315,32 @@ def test_rows_in_fp8(size: int, dtype: torch.dtype) -> None:
     assert (wrong <= x.float().abs() / 16 * 1.001 + scales * 2**-10).all()
 
 
+def check_fp8_products(dtype: torch.dtype) -> None:
+    """Skip on a GPU without them; Hopper has them in both dtypes."""
+    if not launchers.has_fp8_products(torch.cuda.current_device(), dtype):
+        assert torch.cuda.get_device_capability()[0] != 9
+        pytest.skip("needs a GPU on which PyTorch multiplies fp8")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="cuBLAS multiplies them")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gated", [True, False])
 def test_products_in_fp8(gated: bool, dtype: torch.dtype) -> None:
-    weight = quantized(1024, 2048, CONFIGS["fp8"])
-    gate = quantized(1024, 2048, CONFIGS["fp8"]) if gated else None
-    if not launchers.multiplies_fp8(weight, torch.empty(0, dtype=dtype, device=DEVICE)):
-        pytest.skip("needs a GPU with fp8 matrix units")
+    config = QuantizationConfig(format="fp8", activations="fp8")
+    weight = quantized(1024, 2048, config)
+    gate = quantized(1024, 2048, config) if gated else None
+    check_fp8_products(dtype)
+    assert launchers.multiplies_fp8(weight, 300, dtype)
+    assert not launchers.multiplies_fp8(weight, 128, dtype)
+    assert not launchers.multiplies_fp8(weight, 300, torch.float32)
+    assert not launchers.multiplies_fp8(quantized(1024, 2056, config), 300, dtype)
     x, bias = torch.randn(300, 2048).to(DEVICE, dtype), vector(1024, dtype)
     options = {"gate": (gate, bias if gated else None), "activation": "silu" if gated else None}
-    library = native(Plan(kernel="library"))
-    actual = linear(x, weight, bias, plan=library, activations="fp8", **options)
+    x[7] = 0
+    actual = linear(x, weight, bias, **options)
     codes, scales = quantize_rows(x)
     same = (codes.float() * scales).to(torch.float64)
+    torch.testing.assert_close(fp8_rows(x.float()).double(), same, rtol=2**-3, atol=0.01)
     products = (
         F.linear(same, values(w, torch.float64), bias.double()) for w in (weight, gate or weight)
     )
@@ -335,8 +348,29 @@ def test_products_in_fp8(gated: bool, dtype: torch.dtype) -> None:
     expected = F.silu(opened) * up if gated else up
     # The matrix units add with fewer digits than float32's.
     assert ((actual.double() - expected).norm() / expected.norm()).item() < 5e-3
-    exact = linear(x, weight, bias, plan=library, **options)
+    if gate is not None:
+        options["gate"] = (gate._replace(activations=None), bias)
+    exact = linear(x, weight._replace(activations=None), bias, **options)
     assert 1e-3 < ((actual - exact).double().norm() / expected.norm()).item() < 0.1
+
+
+@pytest.mark.skipif(INTERPRETED, reason="cuBLAS multiplies them")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pre_norm", [True, False])
+def test_mlps_in_fp8(pre_norm: bool, dtype: torch.dtype) -> None:
+    """Nothing of it is added in place: the carry is what the norm gave."""
+    config = QuantizationConfig(format="fp8", activations="fp8")
+    up, down = quantized(1024, 512, config), quantized(512, 1024, config)
+    check_fp8_products(dtype)
+    assert launchers.multiplies_fp8(up, 300, dtype) and launchers.multiplies_fp8(down, 300, dtype)
+    x, residual = torch.randn(2, 300, 512).to(DEVICE, dtype)
+    vectors = [vector(size, dtype) for size in (1024, 512)]
+    weights = MLPWeights(up, down, *vectors, norm_weight=vector(512, dtype, 1.0))
+    options = {"activation": "relu", "norm": "rms_norm", "norm_eps": 1e-5, "pre_norm": pre_norm}
+    actual = normed_mlp(x, residual, None, weights, **options)
+    plain = weights._replace(up=up._replace(activations=None), down=down._replace(activations=None))
+    exact = normed_mlp(x, residual, None, plain, **options)
+    assert 1e-3 < ((actual - exact).double().norm() / exact.double().norm()).item() < 0.1
 
 
 def test_scales_of_a_merged_checkpoint() -> None:

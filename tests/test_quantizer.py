@@ -24,6 +24,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int4": {"bits": 4},
     "int4 symmetric": {"bits": 4, "group_size": 32, "symmetric": True, "refine": True},
     "fp8": {"format": "fp8"},
+    "fp8 x fp8": {"format": "fp8", "activations": "fp8"},
 }
 
 
@@ -74,6 +75,7 @@ def test_loaded_saved_and_loaded(name: str, options: dict[str, Any], tmp_path: P
     again = load(tmp_path)
     assert torch.equal(logits(again), own)
     assert set(again.config.quantization_config.modules) == set(found)
+    assert {linear.config for _, linear in quantized_linears(again)} == {config}
     assert again.state_dict().keys() == model.state_dict().keys()
 
     patch_model(again)
@@ -206,6 +208,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ({"bits": 8, "format": "int4"}, "'int4' with bits=8; give one"),
         ({"bits": 4, "group_size": 48}, "48; int4 has groups"),
         ({"format": "fp8", "group_size": 128}, "fp8 has one scale"),
+        ({"bits": 8, "activations": "fp8"}, "'fp8' with format 'int8'"),
     ],
 )
 def test_configs_that_are_refused(options: dict[str, Any], found: str) -> None:

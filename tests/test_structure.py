@@ -436,7 +436,7 @@ def test_a_part_with_hooks(part: str) -> None:
 
 
 def test_a_kernel_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_triton_mlp.proof.errors", lambda *arguments: [(1.0, 1e-8)])
+    monkeypatch.setattr("hf_triton_mlp.proof.errors", lambda *arguments: [(1.0, 1e-8, 0.0)])
     assert_nothing_found(build(PlainMLP))
 
 
