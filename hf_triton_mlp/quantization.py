@@ -188,6 +188,7 @@ def blank(
         None if config.symmetric else tensor(groups, GROUP_ZERO),
         shape,
         group,
+        config.activations,
     )
 
 
