@@ -393,6 +393,8 @@ def has_fp8_products(device_index: int | None, dtype: torch.dtype) -> bool:
         bias = torch.zeros(16, dtype=dtype, device="cuda")
         try:
             multiply_fp8(codes, scales, codes, scales, bias, dtype)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, ValueError):
             return False
     return True
