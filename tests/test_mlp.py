@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -522,13 +523,15 @@ def test_a_call_without_the_norm_of_the_config_binds_none(monkeypatch: pytest.Mo
     weights = layers.mlp._weights(layers.norm, None)
     assert weights is not None
     found: list[object] = []
-    monkeypatch.setattr(
-        BoundMLP, "bind", lambda self, *arguments, norm, **named: found.append(norm)
-    )
+
+    def bind(self: BoundMLP, x: Any, r: Any, u: Any, w: Any, *, norm: Any, **named: Any) -> None:
+        found.append(norm and (norm, w.norm_weight, w.norm_bias, named["norm_eps"]))
+
+    monkeypatch.setattr(BoundMLP, "bind", bind)
     x = torch.randn(1, H)
     layers.mlp._bind(x, x, None, weights, layers.norm, None, None, False)
     layers.mlp._bind(x, None, None, weights, None, None, None, False)
-    assert found == ["layer_norm", None]
+    assert found == [("layer_norm", layers.norm.weight, layers.norm.bias, 1e-5), None]
 
 
 @pytest.mark.gpu
