@@ -148,9 +148,10 @@ def _quantized_row(linear: Linear, default: Plan, processors: int) -> Iterator[P
         if block_n >= 1:
             programs = processors * 16 // count
             shared = block_n * programs < linear.N
-            yield replace(
-                default, block_n=block_n, num_warps=count, programs=programs if shared else 0
-            )
+            plan = replace(default, block_n=block_n, num_warps=count, num_stages=1)
+            yield replace(plan, programs=programs if shared else 0)
+            if shared and block_n <= n and count == warps:
+                yield replace(plan, programs=programs, num_stages=2)
 
 
 def _quantized_tiled(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
@@ -160,7 +161,10 @@ def _quantized_tiled(linear: Linear, pdl: bool, gates: int, processors: int) -> 
     for m, n, k, splits in tiles if M <= 4 * DEQUANTIZED_ROWS else ():
         programs = -(-M // m) * -(-N // n) * splits
         few = m < min(M, 64) or m > max(16, 2 * M) or programs < processors // 2
-        if few or (splits > 1 and programs > 4 * processors) or m * n * gates > 16384:
+        if few or (splits > 1 and programs > 4 * processors):
+            continue
+        # Sums of half a tile, or of a whole one, fill the registers of its warps.
+        if m * n * gates > (32768 if n == 128 and k == 64 else 16384):
             continue
         yield Plan(
             kernel="tiled",

@@ -47,6 +47,11 @@ def gpu(device_index: int | None) -> tuple[str, tuple[int, int]]:
     return properties.name, (properties.major, properties.minor)
 
 
+def has_wgmma(device: torch.device) -> bool:
+    """Whether it is a Hopper, whose matrix units work on while a program goes on."""
+    return device.type == "cuda" and gpu(device.index)[1][0] == 9
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensor's."""
     if not tensor.is_cuda or tensor.device.index == torch._C._cuda_getDevice():
@@ -159,11 +164,23 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     pdl: bool = False
+    #: How many a thread may have.
+    registers: int | None = None
+
+
+def compile_options(pdl: bool, registers: int | None) -> dict[str, Any]:
+    """What Triton is told of a `Launch` besides warps and stages."""
+    options: dict[str, Any] = dict(OPTIONS)
+    if pdl:
+        options["launch_pdl"] = True
+    if registers is not None:
+        options["maxnreg"] = registers
+    return options
 
 
 def launch(call: Launch) -> Any:
     """Launch on the current device; returns the compiled kernel."""
-    kernel, grid, tensors, scalars, constants, num_warps, num_stages, pdl = call
+    kernel, grid, tensors, scalars, constants, num_warps, num_stages, pdl, registers = call
     key = (
         id(kernel),
         tensors[0].device.index,  # pyright: ignore
@@ -172,6 +189,7 @@ def launch(call: Launch) -> Any:
         num_warps,
         num_stages,
         pdl,
+        registers,
         *[
             None if t is None or isinstance(t, TensorDescriptor) else (t.dtype, t.data_ptr() % 16)
             for t in tensors
@@ -179,10 +197,10 @@ def launch(call: Launch) -> Any:
     )
     compiled = _compiled.get(key)
     if compiled is None:
-        options = {**OPTIONS, "launch_pdl": True} if pdl else OPTIONS
         compiled = kernel[grid](
-            *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages, **options
-        )
+            *tensors, *scalars, *constants, num_warps=num_warps, num_stages=num_stages,
+            **compile_options(pdl, registers),
+        )  # fmt: skip
         if not INTERPRETED:
             if len(_compiled) >= _COMPILED_LIMIT:  # one entry for each number of rows, say
                 _compiled.clear()
@@ -500,8 +518,8 @@ def plan_linear(
 ) -> Plan:
     """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
     linear, (name, capability) = linear_of(M, weight, gated, dtype), gpu(weight.device.index)
-    if multiplies_fp8(weight, M, linear.dtype):  # measured plans are of rows that stay 16 bits
-        return tuning.choose(linear, capability)
+    if multiplies_fp8(weight, M, linear.dtype):  # plans are of rows that stay 16 bits
+        return Plan(kernel="library", pdl=capability >= tuning.PDL_CAPABILITY)
     return tuning.plan(linear, name, capability)
 
 
@@ -729,6 +747,7 @@ def quantized_launch(
             plan.splits,
             N % plan.block_n == 0 and K % plan.block_k == 0,
             plan.pdl,
+            has_wgmma(x.device),
         )
         grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
         options = plan.num_warps, plan.num_stages, plan.pdl
@@ -797,11 +816,16 @@ def quantized_row_launch(
         plan.block_k == K,
         N % plan.block_n == 0,
         shared,
+        plan.num_stages if shared else 1,
+        plan.block_n * triton.next_power_of_2(-(-blocks // (shared or blocks))),
+        plan.num_warps,
         triton.next_power_of_2(-(-K // (shared or blocks))),
         plan.pdl,
         waited and plan.lines == 0,
     )
-    options = plan.num_warps, 1, plan.pdl
+    # Ptxas would take more where several blocks are on their way, which 16 warps could not have.
+    registers = 128 if shared and plan.num_stages > 1 else None
+    options = plan.num_warps, 1, plan.pdl, registers
     grid = (shared or blocks, 1, 1)
     return Launch(quantized_row_kernel, grid, tensors, scalars, constants, *options)
 

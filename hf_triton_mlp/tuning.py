@@ -37,8 +37,10 @@ QUANTIZED_VECTORS = {"int4": 32, "int8": 16, "fp8": 16}
 #: The longest row that "quantized_row" holds in registers, in those of 16 warps.
 QUANTIZED_ROW = 32768
 
-#: With more rows quantized weights are dequantized once, for cuBLAS.
+#: With more rows those that are to become fp8 do, and a plan that nobody measured leaves the
+#: products to cuBLAS, for which quantized weights are dequantized once; on Hopper with more yet.
 DEQUANTIZED_ROWS = 128
+HOPPER_TILED_ROWS = 512
 
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
 LIBRARY_ROWS = 129
@@ -284,6 +286,8 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     """Codes through registers, and K split until the multiprocessors are busy."""
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
+        if pdl and linear.M <= HOPPER_TILED_ROWS and linear.dtype != torch.float32:
+            return _choose_quantized_high(linear)
         return Plan(kernel="library", pdl=pdl)
     if (
         linear.M > DECODE_ROWS
@@ -332,14 +336,14 @@ def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
     row_bytes = depth // 2 if linear.format == "int4" else depth
     block_n = max(2048 * warps // row_bytes // (2 if linear.gated else 1), 1)
     programs = BUSY_PROGRAMS * 16 // warps
-    if block_n * programs < linear.N and 2 * block_n * programs >= linear.N:
-        block_n *= 2
     shared = block_n * programs < linear.N
     return Plan(
         kernel="quantized_row",
         block_n=block_n,
         block_k=depth,
         num_warps=warps,
+        # Of rows beyond 16384 each thread has 64 values: that leaves it registers for one.
+        num_stages=2 if shared and depth <= 16384 else 1,
         programs=programs if shared else 0,
         pdl=pdl,
     )
@@ -360,6 +364,23 @@ def choose_quantized_tiled(linear: Linear, pdl: bool) -> Plan:
         group_m=8,
         splits=min(_splits(tiles, 2 * BUSY_PROGRAMS), _floor_power_of_2(linear.K // 64)),
         pdl=pdl,
+    )
+
+
+def _choose_quantized_high(linear: Linear) -> Plan:
+    """Tiles so high that a weight's value, once made, has many products."""
+    block_m = 128 if linear.gated else 256
+    tiles = -(-linear.M // block_m) * -(-linear.N // 128)
+    return Plan(
+        kernel="tiled",
+        block_m=block_m,
+        block_n=128,
+        block_k=64,
+        num_warps=8,
+        num_stages=3,
+        group_m=8,
+        splits=min(_splits(tiles, BUSY_PROGRAMS), _floor_power_of_2(max(linear.K // 64, 1))),
+        pdl=True,
     )
 
 

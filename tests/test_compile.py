@@ -17,7 +17,11 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp import autotune, launchers
-from hf_triton_mlp.kernels import INTERPRETED, quantized_linear_kernel
+from hf_triton_mlp.kernels import (
+    INTERPRETED,
+    quantized_linear_kernel,
+    quantized_tiled_kernel,
+)
 from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
 from hf_triton_mlp.measure import CASES, Case
 from hf_triton_mlp.quantization import QuantizationConfig, Weight, blank
@@ -68,15 +72,17 @@ def source(call: Launch) -> ASTSource:
 
 def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> Any:
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    options = {"num_warps": call.num_warps, "num_stages": call.num_stages, "launch_pdl": call.pdl}
-    options |= launchers.OPTIONS
+    options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
+    options |= launchers.compile_options(call.pdl, call.registers)
     compiled = triton.compile(source(call), target=target, options=options)
     assert compiled.metadata.shared <= SHARED[capability]
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     used = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
-    assert found is not None and int(found[2]) == 0, f"registers spill to the stack: {used}"
+    # Where registers are few, a value or two of the epilogue's may wait on the stack.
+    allowed = 0 if call.registers is None else 8
+    assert found is not None and int(found[2]) <= allowed, f"registers spill to the stack: {used}"
     return compiled
 
 
@@ -303,3 +309,80 @@ def test_streams_stay_in_registers(name: str, tokens: int, early: bool, tmp_path
         assert "local_alloc" not in compiled.asm["ttgir"]
         # The sums of the warps meet there, and the statistics.
         assert compiled.metadata.shared <= 16 * 1024
+
+
+# --- products that are on their way --------------------------------------------------------------
+
+
+def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
+    """Addresses and texts of a kernel's machine code."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    text = subprocess.run([CUOBJDUMP, "-sass", file], capture_output=True, text=True).stdout
+    found = re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text)
+    return [(int(match[1], 16), match[2]) for match in found]
+
+
+def overwritten(code: list[tuple[int, str]]) -> list[str]:
+    """Instructions that write what a product of the matrix units may still have to read."""
+    wrong: list[str] = []
+    # Of each product on its way: the first of four registers, and how many came after it.
+    pending: list[list[int]] = []
+    start = code[0][0]
+    for address, text in code:
+        name, *operands = re.split(r"[ ,]+", text)
+        if name.startswith("HGMMA"):
+            for product in pending:
+                product[1] += 1
+            if match := re.fullmatch(r"R(\d+)(?:\.\w+)*", operands[1]):
+                pending.append([int(match[1]), 0])
+        elif name == "WARPGROUP.DEPBAR.LE":
+            most = int(operands[1], 16)
+            pending = [product for product in pending if product[1] < most]
+        elif name == "BRA" and pending and start <= int(operands[-1], 16) < address:
+            wrong.append(f"{len(pending)} products on their way at {address:#x}: {text}")
+        elif operands and not name.startswith(("ST", "RED", "BAR", "LDGSTS", "ATOM")):
+            if match := re.fullmatch(r"R(\d+)", operands[0]):
+                first = int(match[1])
+                wide = re.search(r"\.(64|128|WIDE)", name)
+                count = {None: 1, "64": 2, "WIDE": 2, "128": 4}[wide and wide[1]]
+                for product in pending:
+                    if product[0] < first + count and first < product[0] + 4:
+                        wrong.append(f"{address:#x}: {text}")
+    return wrong
+
+
+@pytest.mark.parametrize("tile", [(128, 128, 64, 8), (256, 128, 64, 8), (64, 64, 64, 4)], ids=str)
+@pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+def test_products_keep_their_operands(
+    format: str, tile: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hopper's matrix units read registers that nothing writes until they are done."""
+    monkeypatch.setattr(launchers, "has_wgmma", lambda device: True)
+    config = QuantizationConfig(format=format)
+    block_m, block_n, block_k, warps = tile
+    plan = Plan(
+        kernel="tiled", block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps,
+        num_stages=3, group_m=8, pdl=True,
+    )  # fmt: skip
+    calls = launches(CASES["bloom-7b1"], 512, torch.float16, (plan, plan), config=config)
+    (call, *_) = [call for call in calls if call.kernel is quantized_tiled_kernel]
+    code = instructions(check_compiles(call, (9, 0), tmp_path).asm["cubin"], tmp_path)
+    products = [text for _, text in code if re.match(r"HGMMA\S* R\d+, R\d+", text)]
+    assert products
+    assert not overwritten(code)
+
+
+def test_overwritten_operands_are_found() -> None:
+    product = (32, "HGMMA.64x128x16.F32 R24, R88, gdesc[UR8], R24, gsb0")
+    store, load = (48, "STS.128 [R88], R90"), (64, "LDS.U16 R90, [R21+UR11]")
+    wait, loop = (56, "WARPGROUP.DEPBAR.LE gsb0, 0x0"), (80, "BRA 0x20")
+    assert overwritten([(0, "NOP"), product, store, load, wait]) == [
+        "0x40: LDS.U16 R90, [R21+UR11]"
+    ]
+    assert overwritten([(0, "NOP"), product, (48, "MOV R100, R116"), loop])
+    assert not overwritten([(0, "NOP"), product, store, wait, load, loop])
+    later = (40, "HGMMA.64x128x16.F32 R24, R92, gdesc[UR8], R24, gsb0")
+    most = (56, "WARPGROUP.DEPBAR.LE gsb0, 0x1")
+    assert not overwritten([(0, "NOP"), product, later, most, load])
+    assert overwritten([(0, "NOP"), product, later, most, (64, "LDS.64 R94, [R21]")])

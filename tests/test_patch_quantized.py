@@ -443,13 +443,15 @@ def test_rows_of_prompts_become_fp8(name: str, dtype: torch.dtype) -> None:
         for config in ("fp8", "fp8 x fp8")
     )
     assert {row.verified for row in patch_report(model).rows} == {"yes"}
+    # Fp8's matrix units take vectors of 16; gemma's and llama's 344 are no such number.
+    whole = getattr(model.config, "intermediate_size", 16) % 16 == 0
     for shape in ((1, 1), (4, 32), (4, 33)):
         ids = torch.randint(3, 90, shape, device="cuda")
         with torch.no_grad():
             calls = [(plain(ids).logits.float(), model(ids).logits.float()) for _ in range(3)]
         for expected, found in calls:
             difference = (found - expected).norm() / expected.norm()
-            assert 1e-4 < difference < 0.2 if shape == (4, 33) else difference == 0
+            assert 1e-4 < difference < 0.2 if shape == (4, 33) and whole else difference == 0
 
 
 # --- operations, bound launches, fingerprints ---------------------------------------------------

@@ -33,7 +33,9 @@ SIZES = [(13, 352)] if INTERPRETED else [(45, 352), (4090, 4128), (3072, 768), (
 DTYPES = [torch.float16, torch.bfloat16]
 
 
-def plan_of(out: int, size: int, *, programs: int = 0, block_n: int = 4) -> Plan:
+def plan_of(
+    out: int, size: int, *, programs: int = 0, block_n: int = 4, num_stages: int = 1
+) -> Plan:
     depth = max(triton.next_power_of_2(size), 1024)
     pdl = not INTERPRETED and torch.cuda.get_device_capability() >= PDL_CAPABILITY
     return Plan(
@@ -41,6 +43,7 @@ def plan_of(out: int, size: int, *, programs: int = 0, block_n: int = 4) -> Plan
         block_n=block_n if depth <= 4096 else 1,
         block_k=depth,
         num_warps=min(max(depth // 1024, 1), 16),
+        num_stages=num_stages,
         programs=programs,
         pdl=pdl,
     )
@@ -71,12 +74,15 @@ on_device = pytest.mark.gpu if not INTERPRETED else pytest.mark.filterwarnings("
 @on_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("out", "size"), SIZES)
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_row_of_every_format(name: str, out: int, size: int, dtype: torch.dtype) -> None:
+def test_row_of_every_format(
+    name: str, num_stages: int, out: int, size: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     weight, bias = random_weight(out, size, CONFIGS[name]), vector(out, dtype)
     x, add, add2 = vector(size, dtype, 1.0)[None], vector(out, dtype)[None], vector(out, dtype)
-    plan = plan_of(out, size, programs=5)
+    plan = plan_of(out, size, programs=2 if INTERPRETED else 200, num_stages=num_stages)
     summands = Summands(add, None, add2)
     y = linear(x, weight, bias, summands=summands, plan=plan, waited=True)
 
@@ -113,7 +119,8 @@ def test_norm_and_gate(out: int, size: int, name: str, programs: int, kind: str)
     scale, shift = vector(size, dtype, 1.0), vector(size, dtype)
     carry = torch.full_like(x, float("nan"))
     norm = Norm(kind, scale, shift if kind == "layer_norm" else None, 1e-5, carry, programs > 0)
-    plan = plan_of(out, size, programs=programs, block_n=2)
+    stages = 2 if kind == "layer_norm" else 1
+    plan = plan_of(out, size, programs=programs, block_n=2, num_stages=stages)
     rest = {"gate": (gate, gate_bias), "activation": "silu", "plan": plan, "norm": norm}
     y = linear(x, weight, bias, summands=Summands(add, None, add_bias), **rest)
 

@@ -181,6 +181,42 @@ def byte_values(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     return tl.reshape(values, (words.shape[0], 4, 4 * words.shape[2]))
 
 
+def packed_asm(asm: tl.constexpr) -> tl.constexpr:
+    """PTX from a register of four bytes, not to four halves but to two registers of two."""
+    text = asm.value.replace("$4", "$2")
+    for i in range(2):
+        text = text.replace(f"mov.b32 {{${2 * i}, ${2 * i + 1}}}, ", f"mov.b32 ${i}, ")
+    return tl.constexpr(text)
+
+
+PACKED_INT8_TO_FLOAT16 = packed_asm(INT8_TO_FLOAT16)
+PACKED_INT8_TO_BFLOAT16 = packed_asm(INT8_TO_BFLOAT16)
+PACKED_FP8_TO_FLOAT16 = packed_asm(FP8_TO_FLOAT16)
+PACKED_FP8_TO_BFLOAT16 = packed_asm(FP8_TO_BFLOAT16)
+
+
+@triton.jit
+def exact_values(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Bytes of int8 or fp8 in DTYPE, of their shape, in any layout of four or more a thread."""
+    if INTERPRETED:
+        return (codes if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
+    else:
+        if DTYPE.is_fp16():
+            ASM: tl.constexpr = (
+                PACKED_INT8_TO_FLOAT16 if FORMAT == "int8" else PACKED_FP8_TO_FLOAT16
+            )
+            return tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+            )
+        else:
+            ASM: tl.constexpr = (
+                PACKED_INT8_TO_BFLOAT16 if FORMAT == "int8" else PACKED_FP8_TO_BFLOAT16
+            )
+            return tl.inline_asm_elementwise(
+                ASM, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+            )
+
+
 @triton.jit
 def filled_like(values, NUMBER: tl.constexpr):
     """1, 64, 128 or 1024, that Triton takes for something made of the values: in their layout."""

@@ -7,8 +7,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.norm import add_pairs, apply_affine, load_affine, load_sum, normalize
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
-from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
-from hf_triton_mlp.kernels.widen import widen
+from hf_triton_mlp.kernels.skinny import finish
+from hf_triton_mlp.kernels.widen import apart, load_apart, widen
 
 #: Digits below a float32's exponent are a subnormal number, 2**-149 times what they are as an
 #: integer, and an FMA takes it as fast as any other. So one AND makes a float of a code. To keep
@@ -67,6 +67,15 @@ def split_last(values):
 
 
 @triton.jit
+def load_outputs(ptr, offs, N):
+    """A vector of N at `offs` by `load_apart`; zeros where there is no pointer."""
+    if ptr is None:
+        return tl.zeros(offs.shape, tl.float32)
+    else:
+        return load_apart(ptr + offs, offs < N)
+
+
+@triton.jit
 def load_block(
     w_ptr,
     scale_ptr,
@@ -84,7 +93,8 @@ def load_block(
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Words (BLOCK_N * CHUNKS, 4), and scales and zeros of each four where groups have them.
+    """Words (BLOCK_N * CHUNKS, 4), and by `load_apart` scales and zeros of each four where groups
+    have them.
 
     One axis for rows and chunks, since of two Triton may deal either to the threads first. Nobody
     looks at words beyond the last row, and those beyond the last chunk meet zeros of x.
@@ -109,42 +119,75 @@ def load_block(
     zeros = scales
     if GROUP > 0:
         places = n * stride_sn + c * CHUNK // GROUP * stride_sg
-        scale_ptr += first_n * stride_sn
-        if WHOLE and EVEN:
-            scales = tl.load(scale_ptr + places)
-        else:
-            scales = tl.load(scale_ptr + places, mask=mask, other=0.0)
+        scales = load_apart(scale_ptr + first_n * stride_sn + places, mask)
         if zero_ptr is not None:
-            zero_ptr += first_n * stride_sn
-            if WHOLE and EVEN:
-                zeros = tl.load(zero_ptr + places)
-            else:
-                zeros = tl.load(zero_ptr + places, mask=mask, other=0.0)
+            zeros = load_apart(zero_ptr + first_n * stride_sn + places, mask)
     return words, scales, zeros
 
 
 @triton.jit
+def load_blocks(
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    gate_w_ptr,
+    gate_scale_ptr,
+    gate_zero_ptr,
+    first_n,
+    N,
+    K,
+    stride_wn,
+    stride_gn,
+    stride_sn,
+    stride_sg,
+    CHUNK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """`load_block` of W, and of the gate if there is one."""
+    blocks = (
+        load_block(
+            w_ptr, scale_ptr, zero_ptr, first_n, N, K, stride_wn, stride_sn, stride_sg,
+            CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
+        ),
+    )  # fmt: skip
+    if gate_w_ptr is not None:
+        blocks += (
+            load_block(
+                gate_w_ptr, gate_scale_ptr, gate_zero_ptr, first_n, N, K, stride_gn, stride_sn,
+                stride_sg, CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
+            ),
+        )  # fmt: skip
+    return blocks
+
+
+@triton.jit
 def row_products(
-    words,
-    scales,
-    zeros,
+    block,
     x,
     x_sums,
+    TYPES: tl.constexpr,
     FORMAT: tl.constexpr,
     GROUPED: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """Sums (1, BLOCK_N) of SUM_UNIT * W · x; without groups row scales are not in them yet.
+    """Each warp's sums of SUM_UNIT * W · x, (WARPS,) for each row of `load_block`; scales of whole
+    rows are not in them yet.
 
     x: for each code of a chunk (1, CHUNKS), `unit_of` times as large; x_sums: SUM_UNIT times the
-    sum of each chunk.
+    sum of each chunk. TYPES: of scales and zeros.
     """
+    words, scales, zeros = block
     words = split_last(words)
     CODES: tl.constexpr = len(x) // 4
     CHUNKS: tl.constexpr = x_sums.shape[1]
     shape: tl.constexpr = (words[0].shape[0] // CHUNKS, CHUNKS)
     if ASYMMETRIC:
-        acc = x_sums * -tl.reshape(zeros, shape).to(tl.float32)
+        acc = x_sums * -tl.reshape(apart(zeros, TYPES[1]), shape)
     elif FORMAT == "fp8":
         acc = tl.zeros(shape, tl.float32)
     else:
@@ -154,8 +197,37 @@ def row_products(
         for i in tl.static_range(CODES):
             acc += code_value(word, i, FORMAT) * x[j * CODES + i]
     if GROUPED:
-        acc *= tl.reshape(scales, shape).to(tl.float32)
-    return tl.sum(acc, axis=1)[None, :]
+        acc *= tl.reshape(apart(scales, TYPES[0]), shape)
+    # Threads have their chunks one after the other.
+    LANES: tl.constexpr = min(CHUNKS // WARPS, 32)
+    acc = tl.reshape(acc, (shape[0], CHUNKS // (WARPS * LANES), WARPS, LANES))
+    return split_rows(tl.sum(tl.sum(acc, axis=1), axis=2))
+
+
+@triton.jit
+def split_rows(values):
+    """values (n, WARPS) as so many tensors (WARPS,)."""
+    if values.shape[0] == 1:
+        return (tl.reshape(values, (values.shape[1],)),)
+    else:
+        parts = tl.reshape(values, (2, values.shape[0] // 2, values.shape[1]))
+        first, second = tl.split(tl.permute(parts, (1, 2, 0)))
+        return split_rows(first) + split_rows(second)
+
+
+@triton.jit
+def keep_sums(kept, sums, first):
+    """kept (parts, WARPS, LANES) with `row_products`'s sums as outputs from number `first` on.
+
+    An output is of a part and a lane, so that a lane keeps few of those that all lanes of a warp
+    have; sums of warps are added up once, in the end.
+    """
+    PARTS: tl.constexpr = kept.shape[0]
+    LANES: tl.constexpr = kept.shape[2]
+    output = tl.arange(0, PARTS)[:, None, None] * LANES + tl.arange(0, LANES)[None, None, :]
+    for i in tl.static_range(len(sums)):
+        kept = tl.where(output == first + i, sums[i][None, :, None], kept)
+    return kept
 
 
 @triton.jit
@@ -221,6 +293,9 @@ def quantized_row_kernel(
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    STAGES: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WARPS: tl.constexpr,
     CARRY_BLOCK: tl.constexpr,
     PDL: tl.constexpr,
     EARLY: tl.constexpr,
@@ -232,8 +307,11 @@ def quantized_row_kernel(
     multiple of CHUNK, the codes in 16 bytes; 0 for whole rows, whose scales multiply the results.
 
     BLOCK_K >= K: the row is in registers as a whole, in float32, and each thread has the values
-    that its codes are multiplied by. WHOLE: they are equal. A program computes BLOCK_N outputs;
-    PROGRAMS > 0 share the blocks of W. PDL, EARLY: as in `skinny_linear_kernel`, without lines.
+    that its codes are multiplied by. WHOLE: they are equal. A program computes BLOCK_N outputs, or
+    PROGRAMS > 0 share the blocks of W; STAGES of its blocks are on their way, and a program has up
+    to OUTPUTS outputs. WARPS: all there are. They wait for each other only in the end, when their
+    sums are added up: with a reduction of each block they took a quarter longer. PDL, EARLY: as in
+    `skinny_linear_kernel`, without lines.
     """
     CHUNKS: tl.constexpr = BLOCK_K // CHUNK
     TILES: tl.constexpr = CHUNK // 8
@@ -241,11 +319,19 @@ def quantized_row_kernel(
     GROUPED: tl.constexpr = GROUP > 0
     ASYMMETRIC: tl.constexpr = zero_ptr is not None
     gated: tl.constexpr = gate_w_ptr is not None
+    TYPES: tl.constexpr = (
+        scale_ptr.dtype.element_ty,
+        zero_ptr.dtype.element_ty if ASYMMETRIC else tl.float32,
+        b_ptr.dtype.element_ty if b_ptr is not None else tl.float32,
+        add_ptr.dtype.element_ty if add_ptr is not None else tl.float32,
+        add2_ptr.dtype.element_ty if add2_ptr is not None else tl.float32,
+        add_bias_ptr.dtype.element_ty if add_bias_ptr is not None else tl.float32,
+    )
     # As in `skinny_linear_kernel`: the norm's weights wait in registers, which long rows need.
     SHORT: tl.constexpr = BLOCK_K <= 2048
     # For a fourth program on the multiprocessor they come after the statistics: 119 registers for
-    # int8 and a LayerNorm of 4096 instead of 142; int4 has 118 as it is.
-    LATE: tl.constexpr = not SHORT and FORMAT != "int4"
+    # int8, one stage and a LayerNorm of 4096 instead of 142; int4 has 118 as it is.
+    LATE: tl.constexpr = not SHORT and (FORMAT != "int4" or STAGES > 1)
     pid = tl.program_id(0)
     offs_c = tl.arange(0, CHUNKS)
     in_row = (offs_c * CHUNK)[:, None] + tl.arange(0, 8)[None, :]
@@ -264,21 +350,22 @@ def quantized_row_kernel(
                 prefetch_vector(norm_b_ptr, 0, K, BLOCK_K)
         if not EARLY:
             gdc_wait()
-    w, s, z = load_block(
-        w_ptr, scale_ptr, zero_ptr, pid * BLOCK_N, N, K,
-        stride_wn, stride_sn, stride_sg, CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
-    )  # fmt: skip
-    if gated:
-        gate_w, gate_s, gate_z = load_block(
-            gate_w_ptr, gate_scale_ptr, gate_zero_ptr, pid * BLOCK_N, N, K,
-            stride_gn, stride_sn, stride_sg, CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
+    loaded = ()
+    for i in tl.static_range(STAGES):
+        loaded += (
+            load_blocks(
+                w_ptr, scale_ptr, zero_ptr, gate_w_ptr, gate_scale_ptr, gate_zero_ptr,
+                (pid + i * PROGRAMS) * BLOCK_N, N, K, stride_wn, stride_gn, stride_sn, stride_sg,
+                CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN and i == 0,
+            ),
         )  # fmt: skip
-    offs = (pid * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    b = load_vector(b_ptr, offs, offs < N)
-    gate_b = load_vector(gate_b_ptr, offs, offs < N)
-    if not GROUPED:
-        row_scale = load_vector(scale_ptr, offs, offs < N)
-        gate_row_scale = load_vector(gate_scale_ptr, offs, offs < N)
+    # Of each block that this program computes.
+    output = tl.arange(0, OUTPUTS)
+    offs = (pid + output // BLOCK_N * PROGRAMS) * BLOCK_N + output % BLOCK_N
+    b = load_outputs(b_ptr, offs, N)
+    gate_b = load_outputs(gate_b_ptr, offs, N)
+    row_scale = load_outputs(None if GROUPED else scale_ptr, offs, N)
+    gate_row_scale = load_outputs(None if GROUPED else gate_scale_ptr, offs, N)
     affine = ()
     if SHORT and NORM is not None:
         for t in tl.static_range(TILES):
@@ -290,9 +377,9 @@ def quantized_row_kernel(
             gdc_launch_dependents()
 
     # What the epilogue adds is asked for now, so that it is there in time.
-    summand = tl.zeros((1, BLOCK_N), tl.float32)
-    if NORM is None:
-        summand += load_summands(add_ptr, add2_ptr, add_bias_ptr, offs, offs < N)
+    add = load_outputs(add_ptr if NORM is None else None, offs, N)
+    add2 = load_outputs(add2_ptr if NORM is None else None, offs, N)
+    add_bias = load_outputs(add_bias_ptr if NORM is None else None, offs, N)
 
     tiles = ()
     for t in tl.static_range(TILES):
@@ -314,11 +401,10 @@ def quantized_row_kernel(
             begin = tl.zeros((1, 1), tl.int32)
             first = load_sum(x_ptr, add_ptr, add_bias_ptr, begin, begin < K)
         mean, rstd = statistics_of_tiles(tiles, mask_k, first, K, eps, NORM, AT_ONCE)
-        if LATE:
-            for t in tl.static_range(TILES):
-                affine += (load_affine(norm_w_ptr, norm_b_ptr, in_row + 8 * t, mask_k, NORM),)
         normed = ()
         for t in tl.static_range(TILES):
+            if LATE:
+                affine += (load_affine(norm_w_ptr, norm_b_ptr, in_row + 8 * t, mask_k, NORM),)
             u = apply_affine((tiles[t] - mean) * rstd, affine[t][0], affine[t][1], NORM)
             normed += (u if WHOLE else tl.where(mask_k, u, 0.0),)
         tiles = normed
@@ -337,51 +423,38 @@ def quantized_row_kernel(
     x_sums *= SUM_UNIT
 
     blocks = tl.cdiv(N, BLOCK_N)
-    for block in range(pid, blocks, PROGRAMS if PROGRAMS > 0 else blocks):
-        offs = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-        if PROGRAMS > 0:
-            # The next weights are on their way while these are multiplied.
-            next_n = block * BLOCK_N + PROGRAMS * BLOCK_N
-            next_w, next_s, next_z = w, s, z
+    LANES: tl.constexpr = min(OUTPUTS, 32)
+    kept = tl.zeros((OUTPUTS // LANES, WARPS, LANES), tl.float32)
+    gate_kept = kept
+    for block in range(pid, blocks, STAGES * PROGRAMS if PROGRAMS > 0 else blocks):
+        following = ()
+        for i in tl.static_range(STAGES):
+            place = 0 if PROGRAMS == 0 else (block // PROGRAMS + i) * BLOCK_N
+            now = loaded[i]
+            sums = row_products(now[0], x, x_sums, TYPES, FORMAT, GROUPED, ASYMMETRIC, WARPS)
+            kept = keep_sums(kept, sums, place)
             if gated:
-                next_gate_w, next_gate_s, next_gate_z = gate_w, gate_s, gate_z
-            if next_n < N:
-                next_w, next_s, next_z = load_block(
-                    w_ptr, scale_ptr, zero_ptr, next_n, N, K,
-                    stride_wn, stride_sn, stride_sg, CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
-                )  # fmt: skip
-                if gated:
-                    next_gate_w, next_gate_s, next_gate_z = load_block(
-                        gate_w_ptr, gate_scale_ptr, gate_zero_ptr, next_n, N, K,
-                        stride_gn, stride_sn, stride_sg, CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
+                sums = row_products(now[1], x, x_sums, TYPES, FORMAT, GROUPED, ASYMMETRIC, WARPS)
+                gate_kept = keep_sums(gate_kept, sums, place)
+            if PROGRAMS > 0:
+                # The next weights are on their way while others are multiplied.
+                next_n = (block + (STAGES + i) * PROGRAMS) * BLOCK_N
+                if next_n < N:
+                    now = load_blocks(
+                        w_ptr, scale_ptr, zero_ptr, gate_w_ptr, gate_scale_ptr, gate_zero_ptr,
+                        next_n, N, K, stride_wn, stride_gn, stride_sn, stride_sg,
+                        CHUNK, GROUP, BLOCK_N, CHUNKS, WHOLE, EVEN,
                     )  # fmt: skip
-            next_offs = (next_n + tl.arange(0, BLOCK_N))[None, :]
-            next_b = load_vector(b_ptr, next_offs, next_offs < N)
-            next_gate_b = load_vector(gate_b_ptr, next_offs, next_offs < N)
-            if not GROUPED:
-                next_row_scale = load_vector(scale_ptr, next_offs, next_offs < N)
-                next_gate_row_scale = load_vector(gate_scale_ptr, next_offs, next_offs < N)
-        gate = gate_b
-        if gated:
-            gate_y = row_products(gate_w, gate_s, gate_z, x, x_sums, FORMAT, GROUPED, ASYMMETRIC)
-            gate_y *= TO_RESULT
-            gate += gate_y if GROUPED else gate_y * gate_row_scale
-        y = row_products(w, s, z, x, x_sums, FORMAT, GROUPED, ASYMMETRIC) * TO_RESULT
-        if not GROUPED:
-            y *= row_scale
-        finish(y + b, gate, summand, out_ptr, offs, offs < N, gated, ACTIVATION)
+                following += (now,)
         if PROGRAMS > 0:
-            w = next_w
-            s = next_s
-            z = next_z
-            if gated:
-                gate_w = next_gate_w
-                gate_s = next_gate_s
-                gate_z = next_gate_z
-            b = next_b
-            gate_b = next_gate_b
-            if not GROUPED:
-                row_scale = next_row_scale
-                gate_row_scale = next_gate_row_scale
-            if NORM is None:
-                summand = load_summands(add_ptr, add2_ptr, add_bias_ptr, next_offs, next_offs < N)
+            loaded = following
+
+    y = tl.reshape(tl.sum(kept, axis=1), (OUTPUTS,)) * TO_RESULT
+    gate = tl.reshape(tl.sum(gate_kept, axis=1), (OUTPUTS,)) * TO_RESULT
+    if not GROUPED:
+        y *= apart(row_scale, TYPES[0])
+        gate *= apart(gate_row_scale, TYPES[0])
+    gate += apart(gate_b, TYPES[2])
+    y += apart(b, TYPES[2])
+    summand = apart(add, TYPES[3]) + apart(add2, TYPES[4]) + apart(add_bias, TYPES[5])
+    finish(y, gate, summand, out_ptr, offs, offs < N, gated, ACTIVATION)

@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
-from hf_triton_mlp.kernels.dequantize import exact_float, wide_fp8
+from hf_triton_mlp.kernels.dequantize import exact_float, exact_values, wide_fp8
 from hf_triton_mlp.kernels.tiled import store_tile
 
 
@@ -16,7 +16,7 @@ def nibbles(words, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def load_codes(
+def load_stored(
     ptr,
     row,
     first_k,
@@ -24,14 +24,12 @@ def load_codes(
     K,
     stride,
     FORMAT: tl.constexpr,
-    OFFSET: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Codes of rows `row` (ROWS,) from first_k on, (ROWS, DEPTH) float32; int4's minus OFFSET.
-
-    EVEN: all of these are there.
+    """What is stored of the codes of rows `row` (ROWS,) from first_k on: (ROWS, DEPTH), of int4 as
+    many words as that takes. EVEN: all of these are there.
     """
     if FORMAT == "int4":
         k = first_k // 8 + tl.arange(0, DEPTH // 8)
@@ -41,9 +39,20 @@ def load_codes(
         size = K
     place = ptr + row.to(tl.int64)[:, None] * stride + k[None, :]
     if EVEN:
-        codes = tl.load(place)
+        return tl.load(place)
     else:
-        codes = tl.load(place, mask=(row < N)[:, None] & (k < size)[None, :], other=0)
+        return tl.load(place, mask=(row < N)[:, None] & (k < size)[None, :], other=0)
+
+
+@triton.jit
+def code_values(
+    codes,
+    FORMAT: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Codes by `load_stored` in float32, (ROWS, DEPTH); int4's minus OFFSET."""
     if FORMAT == "int4":
         # Code 2i is bits 4i to 4i + 3, code 2i + 1 those 16 above.
         even = tl.join(
@@ -112,7 +121,8 @@ def load_values(
 ):
     """(code - zero) * scale of rows `row` from first_k on, (ROWS, DEPTH) in float32, finite."""
     OFFSET: tl.constexpr = 8 if zero_ptr is None else 0
-    values = load_codes(w_ptr, row, first_k, N, K, stride_wn, FORMAT, OFFSET, EVEN, ROWS, DEPTH)
+    values = load_stored(w_ptr, row, first_k, N, K, stride_wn, FORMAT, EVEN, ROWS, DEPTH)
+    values = code_values(values, FORMAT, OFFSET, ROWS, DEPTH)
     strides = (stride_sn, stride_sg)
     if zero_ptr is not None:
         values -= load_groups(
@@ -121,6 +131,39 @@ def load_values(
     return values * load_groups(
         scale_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
     )
+
+
+@triton.jit
+def tile_values(
+    w_ptr,
+    scale_ptr,
+    zero_ptr,
+    row,
+    first_k,
+    N,
+    K,
+    stride_wn,
+    stride_sn,
+    stride_sg,
+    EXACT: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`load_values` in DTYPE, or EXACT: its codes, of bytes, in 16 bits."""
+    if EXACT:
+        codes = load_stored(w_ptr, row, first_k, N, K, stride_wn, FORMAT, EVEN, ROWS, DEPTH)
+        return exact_values(codes, FORMAT, DTYPE)
+    else:
+        values = load_values(
+            w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
+            FORMAT, GROUP, UNIT, EVEN, ROWS, DEPTH,
+        )  # fmt: skip
+        return values.to(DTYPE)
 
 
 @triton.jit
@@ -145,14 +188,24 @@ def dequantize_kernel(
 
     Program (block of columns, block of ROWS rows), one row after the other.
     """
+    IN_16_BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
+    EXACT: tl.constexpr = GROUP is None and zero_ptr is None and IN_16_BITS
     first_k = tl.program_id(0) * BLOCK_K
     for i in tl.static_range(ROWS):
         place = tl.program_id(1) * ROWS + i
         row = first_row + place + tl.arange(0, 1)
-        values = load_values(
-            w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
-            FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
-        )  # fmt: skip
+        if EXACT:
+            values = tile_values(
+                w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
+                True, out_ptr.dtype.element_ty, FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
+            )  # fmt: skip
+            scale = tl.load(scale_ptr + row.to(tl.int64) * stride_sn, mask=row < N, other=0.0)
+            values = values.to(tl.float32) * scale.to(tl.float32)[:, None]
+        else:
+            values = load_values(
+                w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
+                FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
+            )  # fmt: skip
         k = first_k + tl.arange(0, BLOCK_K)[None, :]
         tl.store(
             out_ptr + tl.cast(place, tl.int64) * K + k,
@@ -168,6 +221,23 @@ def add_product(acc, w, x, none):
         return acc + tl.dot(w, x, none, input_precision="ieee")
     else:
         return tl.dot(w, x, acc, input_precision="ieee")
+
+
+@triton.jit
+def wait_for_products():
+    """Wait until Hopper's matrix units have read all operands.
+
+    Triton (3.6 to 3.9) leaves three products on their way at the end of a loop's body, and ptxas
+    gives the registers of their left operands away: results were wrong.
+    """
+    tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;",
+        "=r,r",
+        [tl.zeros((1,), tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -206,12 +276,13 @@ def quantized_tiled_kernel(
     SPLITS: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):
     """What `tiled_linear_kernel` computes, of a QuantizedWeight; its parameters and those of
     `load_values`.
 
     W is the left operand, which the matrix units take from registers, where its values are made.
-    EVEN: its rows and columns are whole blocks.
+    EVEN: its rows and columns are whole blocks. WGMMA: the GPU is a Hopper.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -236,25 +307,35 @@ def quantized_tiled_kernel(
     DTYPE: tl.constexpr = tl.float32 if INTERPRETED else x_ptr.dtype.element_ty
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     gate_acc = acc
+    # Scales of whole rows multiply the results, and codes are exact in 16 bits.
+    IN_16_BITS: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    RESULTS: tl.constexpr = GROUP is None and zero_ptr is None and IN_16_BITS
     # Zeros that Triton does not know to be any: it would add each product to the sum so far.
     none = tl.full((BLOCK_N, BLOCK_M), (first_k < 0).to(tl.float32), tl.float32)
     for k in range(first_k, tl.minimum(first_k + part, K), BLOCK_K):
         mask = mask_m if EVEN else mask_m & (offs_k < K - k)[:, None]
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(DTYPE)
-        w = load_values(
+        w = tile_values(
             w_ptr, scale_ptr, zero_ptr, offs_n, k, N, K, stride_wn, stride_sn, stride_sg,
-            FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        w = w.to(x_ptr.dtype.element_ty).to(DTYPE)
+            RESULTS, x_ptr.dtype.element_ty, FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
+        ).to(DTYPE)  # fmt: skip
         acc = add_product(acc, w, x, none)
         if gate_w_ptr is not None:
-            g = load_values(
+            g = tile_values(
                 gate_w_ptr, gate_scale_ptr, gate_zero_ptr, offs_n, k, N, K, stride_gn, stride_sn,
-                stride_sg, FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            g = g.to(x_ptr.dtype.element_ty).to(DTYPE)
+                stride_sg, RESULTS, x_ptr.dtype.element_ty, FORMAT, GROUP, UNIT, EVEN, BLOCK_N,
+                BLOCK_K,
+            ).to(DTYPE)  # fmt: skip
             gate_acc = add_product(gate_acc, g, x, none)
+        if WGMMA:
+            wait_for_products()
         x_ptrs += BLOCK_K
+    if RESULTS:
+        offs_s = offs_n.to(tl.int64) * stride_sn
+        acc *= tl.load(scale_ptr + offs_s, mask=offs_n < N, other=0.0).to(tl.float32)[:, None]
+        if gate_w_ptr is not None:
+            scale = tl.load(gate_scale_ptr + offs_s, mask=offs_n < N, other=0.0)
+            gate_acc *= scale.to(tl.float32)[:, None]
     store_tile(
         tl.trans(acc),
         tl.trans(gate_acc),
