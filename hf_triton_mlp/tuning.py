@@ -37,10 +37,12 @@ QUANTIZED_VECTORS = {"int4": 32, "int8": 16, "fp8": 16}
 #: The longest row that "quantized_row" holds in registers, in those of 16 warps.
 QUANTIZED_ROW = 32768
 
-#: With more rows those that are to become fp8 do, and a plan that nobody measured leaves the
-#: products to cuBLAS, for which quantized weights are dequantized once; on Hopper with more yet.
+#: With more rows quantized weights are dequantized once, for cuBLAS, and rows that are to become
+#: fp8 do.
 DEQUANTIZED_ROWS = 128
-HOPPER_TILED_ROWS = 512
+
+#: On Hopper they are dequantized once with more rows than that, if rows do not become fp8.
+HOPPER_DEQUANTIZED_ROWS = {"int8": 512, "fp8": 512, "int4": 256}
 
 #: From this many rows on a plan that nobody measured leaves the products to cuBLAS.
 LIBRARY_ROWS = 129
@@ -286,7 +288,8 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     """Codes through registers, and K split until the multiprocessors are busy."""
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
-        if pdl and linear.M <= HOPPER_TILED_ROWS and linear.dtype != torch.float32:
+        few = linear.M <= HOPPER_DEQUANTIZED_ROWS[linear.format or ""]
+        if pdl and few and linear.dtype != torch.float32:
             return _choose_quantized_high(linear)
         return Plan(kernel="library", pdl=pdl)
     if (
@@ -329,12 +332,14 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
 def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
     """32 values of x and 64 bytes of codes in each thread, 128 registers: 16 warps at a time.
 
-    Where one wave of programs cannot have all rows, each goes on to its next rows.
+    Where one wave of programs cannot have all rows, each goes on to its next rows, and has those
+    after them on their way. Of rows of 2048 the norm counts, of which more threads take less.
     """
     depth = max(triton.next_power_of_2(linear.K), 32 * QUANTIZED_VECTORS[linear.format or ""])
-    warps = min(max(depth // 1024, 1), 16)
+    values = 16 if depth == 2048 else 32
+    warps = min(max(depth // (32 * values), 1), 16)
     row_bytes = depth // 2 if linear.format == "int4" else depth
-    block_n = max(2048 * warps // row_bytes // (2 if linear.gated else 1), 1)
+    block_n = max(64 * values * warps // row_bytes // (2 if linear.gated else 1), 1)
     programs = BUSY_PROGRAMS * 16 // warps
     shared = block_n * programs < linear.N
     return Plan(

@@ -238,5 +238,7 @@ def test_default_plans_stay_in_registers(
         x, weight, empty(out), gates, activation, before, adds, y, True,
     )  # fmt: skip
     compiled = check_compiles(call, capability, tmp_path)
-    # Rows meet there for a sum of each warp, and nothing else does.
-    assert compiled.metadata.shared <= 1024
+    # Sums of each warp meet there, and nothing else does.
+    blocks = -(-out // plan.block_n)
+    outputs = plan.block_n * triton.next_power_of_2(-(-blocks // (plan.programs or blocks)))
+    assert compiled.metadata.shared <= max(4 * plan.num_warps * outputs, 1024)
