@@ -102,14 +102,17 @@ def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterat
     if default.kernel != "quantized":
         return
     rows = triton.next_power_of_2(linear.M)
-    for high, warps, slices, stages in QUANTIZED:
+    # Scales of sums are of one group; those of whole rows let a warp read on in a row.
+    depths = (1, 2) if linear.format != "int4" and not linear.group else (1,)
+    for (high, warps, slices, stages), deep in itertools.product(QUANTIZED, depths):
         # Of a Hopper thread: what is loaded at a time, 16 bytes of codes or two of these, and rows
         # of x. With twice as much ptxas spilled; up to here it took 64 to 200 registers of 255,
         # but for int4 with a gate and 16 rows 254.
-        loads = stages * high * gates
-        if loads < 4 or loads + stages * (rows // 8) > (10 if linear.format == "int4" else 12):
+        loads = stages * high * gates * deep
+        of_rows = stages * deep * (rows // 8)
+        if loads < 4 or loads + of_rows > (10 if linear.format == "int4" else 12):
             continue
-        n, k = 8 * high * warps // slices, QUANTIZED_DEPTH * slices
+        n, k = 8 * high * warps // slices, QUANTIZED_DEPTH * slices * deep
         blocks, most = -(-linear.N // n), linear.K // k
         # Two programs a multiprocessor, or four of few warps.
         ways = [s for s in (1, 2, 4, 8) if s == 1 or (s * blocks <= 2 * processors and s <= most)]
@@ -134,7 +137,7 @@ def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterat
 
 
 def _quantized_row(linear: Linear, default: Plan, processors: int) -> Iterator[Plan]:
-    """As many programs as run here, fewer codes a thread or more, and less of x a thread.
+    """As many programs as run here, or fewer; fewer codes a thread or more, and less of x a thread.
 
     Of 16 warps, which have 128 registers each, more codes would spill; 8 have twice as many.
     """
@@ -152,6 +155,10 @@ def _quantized_row(linear: Linear, default: Plan, processors: int) -> Iterator[P
             yield replace(plan, programs=programs if shared else 0)
             if shared and block_n <= n and count == warps:
                 yield replace(plan, programs=programs, num_stages=2)
+                # Of fewer programs the next launch's may be there before these have ended.
+                if warps < 16:
+                    yield replace(plan, programs=programs // 2, num_stages=2)
+                    yield replace(plan, programs=3 * programs // 4, num_stages=2)
 
 
 def _quantized_tiled(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:
