@@ -288,8 +288,8 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     """Codes through registers, and K split until the multiprocessors are busy."""
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
-        few = linear.M <= HOPPER_DEQUANTIZED_ROWS[linear.format or ""]
-        if pdl and few and linear.dtype != torch.float32:
+        most = HOPPER_DEQUANTIZED_ROWS[linear.format or ""]
+        if pdl and linear.M <= most and linear.dtype != torch.float32:
             return _choose_quantized_high(linear)
         return Plan(kernel="library", pdl=pdl)
     if (
