@@ -289,7 +289,7 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
         most = HOPPER_DEQUANTIZED_ROWS[linear.format or ""]
-        if pdl and linear.M <= most and linear.dtype != torch.float32:
+        if pdl and most >= linear.M and linear.dtype != torch.float32:
             return _choose_quantized_high(linear)
         return Plan(kernel="library", pdl=pdl)
     if (
