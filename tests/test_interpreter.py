@@ -22,6 +22,7 @@ from hf_triton_mlp.kernels import INTERPRETED
         "test_attention.py",
         "test_step_ops.py",
         "test_quantized_kernels.py",
+        "test_quantized_row.py",
     ],
 )
 def test_kernels_under_the_interpreter(file: str) -> None:
