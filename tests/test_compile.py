@@ -353,11 +353,20 @@ def overwritten(code: list[tuple[int, str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("tile", [(128, 128, 64, 8), (256, 128, 64, 8), (64, 64, 64, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("format", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("name", ["bloom-7b1", "llama-3.1-8b"])
 def test_products_keep_their_operands(
-    format: str, tile: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    format: str,
+    dtype: torch.dtype,
+    tile: tuple[int, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Hopper's matrix units read registers that nothing writes until they are done."""
+    if CASES[name].gated and tile[0] == 256:
+        pytest.skip("sums of two such tiles are more than the registers")
     monkeypatch.setattr(launchers, "has_wgmma", lambda device: True)
     config = QuantizationConfig(format=format)
     block_m, block_n, block_k, warps = tile
@@ -365,11 +374,10 @@ def test_products_keep_their_operands(
         kernel="tiled", block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps,
         num_stages=3, group_m=8, pdl=True,
     )  # fmt: skip
-    calls = launches(CASES["bloom-7b1"], 512, torch.float16, (plan, plan), config=config)
-    (call, *_) = [call for call in calls if call.kernel is quantized_tiled_kernel]
+    calls = launches(CASES[name], 512, dtype, (plan, plan), config=config)
+    call = next(call for call in calls if call.kernel is quantized_tiled_kernel)
     code = instructions(check_compiles(call, (9, 0), tmp_path).asm["cubin"], tmp_path)
-    products = [text for _, text in code if re.match(r"HGMMA\S* R\d+, R\d+", text)]
-    assert products
+    assert any(re.match(r"HGMMA\S* R\d+, R\d+", text) for _, text in code)
     assert not overwritten(code)
 
 
