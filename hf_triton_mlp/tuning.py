@@ -225,6 +225,11 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
     check_capability(capability)
     pdl = capability >= PDL_CAPABILITY
     if linear.format is not None:
+        most = 0
+        if capability[0] == TMA_CAPABILITY[0] and linear.dtype != torch.float32:
+            most = HOPPER_DEQUANTIZED_ROWS[linear.format]
+        if DEQUANTIZED_ROWS < linear.M <= most:
+            return _choose_quantized_high(linear)
         return _choose_quantized(linear, pdl)
     if linear.dtype == torch.float32:
         if linear.M <= SKINNY_ROWS:
@@ -288,9 +293,6 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
     """Codes through registers, and K split until the multiprocessors are busy."""
     depth = QUANTIZED_VECTORS[linear.format or ""]
     if linear.M > DEQUANTIZED_ROWS:
-        most = HOPPER_DEQUANTIZED_ROWS[linear.format or ""]
-        if pdl and most >= linear.M and linear.dtype != torch.float32:
-            return _choose_quantized_high(linear)
         return Plan(kernel="library", pdl=pdl)
     if (
         linear.M > DECODE_ROWS

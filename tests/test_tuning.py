@@ -409,6 +409,19 @@ def test_what_was_the_fastest_is_a_candidate(form: str) -> None:
         assert plan in candidates(linear, HOPPER, 132)
 
 
+@pytest.mark.parametrize(("form", "most"), [("int8", 512), ("int4", 256), ("fp8", 512)])
+def test_tiles_of_prompts_are_for_hopper(form: str, most: int) -> None:
+    """Others have too little shared memory for them, or nobody measured them there."""
+    for gated in (False, True):
+        linear = Linear(most, 4096, 16384, HALF, gated=gated, format=form, group=0)
+        plan = choose(linear, HOPPER)
+        assert plan.kernel == "tiled" and plan.block_m == (128 if gated else 256) and plan.pdl
+        assert choose(linear._replace(M=most + 1), HOPPER).kernel == "library"
+        assert choose(linear._replace(dtype=torch.float32), HOPPER).kernel == "library"
+        for capability in (AMPERE, (10, 0), (12, 0)):
+            assert choose(linear, capability).kernel == "library"
+
+
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
 def test_random_codes(form: str) -> None:
     """They have the keys of a patched model's, and values as large as those that are not codes."""
