@@ -27,7 +27,7 @@ SCALES = (1 / 32,)
 NORMED_SCALES = (1 / 32, 1.0)
 
 #: Numbers of tokens for which quantized weights are multiplied in other ways each.
-QUANTIZED_ROWS = (1, 3, 16, 40, 136)
+QUANTIZED_ROWS = (1, 3, 16, 40, 136, 520)
 
 #: As in the tests of the kernels: torch's own error may be nothing, by chance.
 ERROR_RATIO = 2

@@ -92,9 +92,10 @@ class Plan:
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side, "quantized" shares a tile's depth among so many warps;
     "stream" keeps `num_stages` tiles of weights on their way, and its warps share a tile's depth;
-    "tiled" gives each tile to `splits` programs; "skinny", if K is one block, and "stream" share
-    the columns among `programs`, 0 for one block each; "persistent" shares `splits` parts of each
-    tile among `programs`.
+    "tiled" gives each tile to `splits` programs; "skinny", if K is one block, "stream" and
+    "quantized_row" share the columns among `programs`, 0 for one block each, "quantized_row" with
+    `num_stages` blocks on their way; "persistent" shares `splits` parts of each tile among
+    `programs`.
     pdl: whether it is launched while its predecessor runs; until that has ended it asks the L2
     for `lines` lines of each weight row. With none "skinny" and "stream" load their first weights
     into registers instead, where nobody may still be writing them.
@@ -386,7 +387,7 @@ def _choose_quantized_high(linear: Linear) -> Plan:
         num_warps=8,
         num_stages=3,
         group_m=8,
-        splits=min(_splits(tiles, BUSY_PROGRAMS), _floor_power_of_2(max(linear.K // 64, 1))),
+        splits=min(_splits(tiles, BUSY_PROGRAMS), _floor_power_of_2(linear.K // 64)),
         pdl=True,
     )
 

@@ -70,6 +70,15 @@ def source(call: Launch) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
+def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
+    """Addresses and texts of a kernel's machine code."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    text = subprocess.run([CUOBJDUMP, "-sass", file], capture_output=True, text=True).stdout
+    found = re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text)
+    return [(int(match[1], 16), match[2]) for match in found]
+
+
 def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> Any:
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     options = {"num_warps": call.num_warps, "num_stages": call.num_stages}
@@ -83,6 +92,15 @@ def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> A
     # Where registers are few, a value or two of the epilogue's may wait on the stack.
     allowed = 0 if call.registers is None else 8
     assert found is not None and int(found[2]) <= allowed, f"registers spill to the stack: {used}"
+    if int(found[2]) > 0:
+        code = instructions(compiled.asm["cubin"], folder)
+        loops = [
+            (int(text.split()[-1], 16), address)
+            for address, text in code
+            if re.fullmatch(r"BRA(\.\w+)* 0x[0-9a-f]+", text)
+        ]
+        spills = [address for address, text in code if text.startswith(("STL", "LDL"))]
+        assert spills and not any(a <= spill <= b for spill in spills for a, b in loops if a < b)
     return compiled
 
 
@@ -312,15 +330,6 @@ def test_streams_stay_in_registers(name: str, tokens: int, early: bool, tmp_path
 
 
 # --- products that are on their way --------------------------------------------------------------
-
-
-def instructions(cubin: bytes, folder: Path) -> list[tuple[int, str]]:
-    """Addresses and texts of a kernel's machine code."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    text = subprocess.run([CUOBJDUMP, "-sass", file], capture_output=True, text=True).stdout
-    found = re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", text)
-    return [(int(match[1], 16), match[2]) for match in found]
 
 
 def overwritten(code: list[tuple[int, str]]) -> list[str]:

@@ -17,6 +17,7 @@ from hf_triton_mlp import autotune, launchers, patch_model, patch_report, tuning
 from hf_triton_mlp.autotune import Measured, candidates, cases_of, linears
 from hf_triton_mlp.launchers import NO_SUMMANDS, linear_of
 from hf_triton_mlp.measure import CASES, Case, random_layers
+from hf_triton_mlp.proof import QUANTIZED_ROWS
 from hf_triton_mlp.quantization import QuantizedWeight, quantize
 from hf_triton_mlp.quantizer import quantization_of
 from hf_triton_mlp.tuning import Linear, Plan, choose, parse, save
@@ -420,6 +421,21 @@ def test_tiles_of_prompts_are_for_hopper(form: str, most: int) -> None:
         assert choose(linear._replace(dtype=torch.float32), HOPPER).kernel == "library"
         for capability in (AMPERE, (10, 0), (12, 0)):
             assert choose(linear, capability).kernel == "library"
+
+
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER])
+@pytest.mark.parametrize("form", ["int8", "int4", "fp8"])
+def test_every_kind_of_plan_is_compared_before_patching(
+    form: str, capability: tuple[int, int]
+) -> None:
+    group = 128 if form == "int4" else 0
+    for N, K in ((16384, 4096), (4096, 16384)):
+
+        def kind(rows: int, N: int = N, K: int = K) -> tuple[str, int]:
+            plan = choose(Linear(rows, N, K, HALF, format=form, group=group), capability)
+            return plan.kernel, plan.num_warps if plan.kernel == "tiled" else 0
+
+        assert {kind(rows) for rows in QUANTIZED_ROWS} == {kind(rows) for rows in range(1, 2049)}
 
 
 @pytest.mark.parametrize("form", ["int8", "int4", "fp8"])

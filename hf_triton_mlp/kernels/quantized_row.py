@@ -329,8 +329,8 @@ def quantized_row_kernel(
     )
     # As in `skinny_linear_kernel`: the norm's weights wait in registers, which long rows need.
     SHORT: tl.constexpr = BLOCK_K <= 2048
-    # For a fourth program on the multiprocessor they come after the statistics: 119 registers for
-    # int8, one stage and a LayerNorm of 4096 instead of 142; int4 has 118 as it is.
+    # For a fourth program on the multiprocessor they come after the statistics: with a LayerNorm of
+    # 4096 int8 has 122 registers then, and else spills; int4 has 123 unless two blocks are loaded.
     LATE: tl.constexpr = not SHORT and (FORMAT != "int4" or STAGES > 1)
     pid = tl.program_id(0)
     offs_c = tl.arange(0, CHUNKS)

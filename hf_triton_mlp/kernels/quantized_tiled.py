@@ -112,39 +112,6 @@ def load_values(
     stride_wn,
     stride_sn,
     stride_sg,
-    FORMAT: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
-    """(code - zero) * scale of rows `row` from first_k on, (ROWS, DEPTH) in float32, finite."""
-    OFFSET: tl.constexpr = 8 if zero_ptr is None else 0
-    values = load_stored(w_ptr, row, first_k, N, K, stride_wn, FORMAT, EVEN, ROWS, DEPTH)
-    values = code_values(values, FORMAT, OFFSET, ROWS, DEPTH)
-    strides = (stride_sn, stride_sg)
-    if zero_ptr is not None:
-        values -= load_groups(
-            zero_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
-        )
-    return values * load_groups(
-        scale_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
-    )
-
-
-@triton.jit
-def tile_values(
-    w_ptr,
-    scale_ptr,
-    zero_ptr,
-    row,
-    first_k,
-    N,
-    K,
-    stride_wn,
-    stride_sn,
-    stride_sg,
     EXACT: tl.constexpr,
     DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -154,15 +121,24 @@ def tile_values(
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """`load_values` in DTYPE, or EXACT: its codes, of bytes, in 16 bits."""
+    """(code - zero) * scale of rows `row` from first_k on, (ROWS, DEPTH) in DTYPE, finite.
+
+    EXACT: codes alone, of bytes, in 16 bits.
+    """
+    codes = load_stored(w_ptr, row, first_k, N, K, stride_wn, FORMAT, EVEN, ROWS, DEPTH)
     if EXACT:
-        codes = load_stored(w_ptr, row, first_k, N, K, stride_wn, FORMAT, EVEN, ROWS, DEPTH)
         return exact_values(codes, FORMAT, DTYPE)
     else:
-        values = load_values(
-            w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
-            FORMAT, GROUP, UNIT, EVEN, ROWS, DEPTH,
-        )  # fmt: skip
+        OFFSET: tl.constexpr = 8 if zero_ptr is None else 0
+        values = code_values(codes, FORMAT, OFFSET, ROWS, DEPTH)
+        strides = (stride_sn, stride_sg)
+        if zero_ptr is not None:
+            values -= load_groups(
+                zero_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
+            )
+        values *= load_groups(
+            scale_ptr, row, first_k, N, K, *strides, GROUP, UNIT, EVEN, ROWS, DEPTH
+        )
         return values.to(DTYPE)
 
 
@@ -188,28 +164,23 @@ def dequantize_kernel(
 
     Program (block of columns, block of ROWS rows), one row after the other.
     """
-    IN_16_BITS: tl.constexpr = out_ptr.dtype.element_ty.primitive_bitwidth == 16
-    EXACT: tl.constexpr = GROUP is None and zero_ptr is None and IN_16_BITS
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    EXACT: tl.constexpr = GROUP is None and zero_ptr is None and DTYPE.primitive_bitwidth == 16
     first_k = tl.program_id(0) * BLOCK_K
     for i in tl.static_range(ROWS):
         place = tl.program_id(1) * ROWS + i
         row = first_row + place + tl.arange(0, 1)
+        values = load_values(
+            w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
+            EXACT, DTYPE, FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
+        )  # fmt: skip
         if EXACT:
-            values = tile_values(
-                w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
-                True, out_ptr.dtype.element_ty, FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
-            )  # fmt: skip
             scale = tl.load(scale_ptr + row.to(tl.int64) * stride_sn, mask=row < N, other=0.0)
             values = values.to(tl.float32) * scale.to(tl.float32)[:, None]
-        else:
-            values = load_values(
-                w_ptr, scale_ptr, zero_ptr, row, first_k, N, K, stride_wn, stride_sn, stride_sg,
-                FORMAT, GROUP, UNIT, False, 1, BLOCK_K,
-            )  # fmt: skip
         k = first_k + tl.arange(0, BLOCK_K)[None, :]
         tl.store(
             out_ptr + tl.cast(place, tl.int64) * K + k,
-            values.to(out_ptr.dtype.element_ty),
+            values.to(DTYPE),
             mask=(row < N)[:, None] & (k < K),
         )
 
@@ -315,13 +286,13 @@ def quantized_tiled_kernel(
     for k in range(first_k, tl.minimum(first_k + part, K), BLOCK_K):
         mask = mask_m if EVEN else mask_m & (offs_k < K - k)[:, None]
         x = tl.load(x_ptrs, mask=mask, other=0.0).to(DTYPE)
-        w = tile_values(
+        w = load_values(
             w_ptr, scale_ptr, zero_ptr, offs_n, k, N, K, stride_wn, stride_sn, stride_sg,
             RESULTS, x_ptr.dtype.element_ty, FORMAT, GROUP, UNIT, EVEN, BLOCK_N, BLOCK_K,
         ).to(DTYPE)  # fmt: skip
         acc = add_product(acc, w, x, none)
         if gate_w_ptr is not None:
-            g = tile_values(
+            g = load_values(
                 gate_w_ptr, gate_scale_ptr, gate_zero_ptr, offs_n, k, N, K, stride_gn, stride_sn,
                 stride_sg, RESULTS, x_ptr.dtype.element_ty, FORMAT, GROUP, UNIT, EVEN, BLOCK_N,
                 BLOCK_K,
