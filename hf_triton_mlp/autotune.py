@@ -137,28 +137,19 @@ def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterat
 
 
 def _quantized_row(linear: Linear, default: Plan, processors: int) -> Iterator[Plan]:
-    """As many programs as run here, or fewer; fewer codes a thread or more, and less of x a thread.
-
-    Of 16 warps, which have 128 registers each, more codes would spill; 8 have twice as many.
-    """
+    """As many programs as run here, of as many threads as the default's, or twice or half as many;
+    so many registers of codes on their way, in blocks of several sizes."""
     n, warps = default.block_n, default.num_warps
-    tiles = [(n, warps), (n // 2, warps)]
-    if warps < 16:
-        tiles += [(2 * n, warps), (n, 2 * warps)]
-    elif default.block_k <= 16384:
-        tiles.append((n, warps // 2))
-    for block_n, count in tiles:
-        if block_n >= 1:
-            programs = processors * 16 // count
-            shared = block_n * programs < linear.N
-            plan = replace(default, block_n=block_n, num_warps=count, num_stages=1)
-            yield replace(plan, programs=programs if shared else 0)
-            if shared and block_n <= n and count == warps:
-                yield replace(plan, programs=programs, num_stages=2)
-                # Of fewer programs the next launch's may be there before these have ended.
-                if warps < 16:
-                    yield replace(plan, programs=programs // 2, num_stages=2)
-                    yield replace(plan, programs=3 * programs // 4, num_stages=2)
+    for block_n, count in ((n, warps), (n // 2, warps), (2 * n, warps), (n, 2 * warps)):
+        if block_n < 2 or count > 16:
+            continue
+        programs = processors * 16 // count
+        shared = block_n * programs < linear.N
+        plan = replace(default, block_n=block_n, num_warps=count, num_stages=1)
+        yield replace(plan, programs=programs if shared else 0)
+        stages = (2, 3, 4) if block_n <= n else (2,)
+        for num_stages in stages if shared and count == warps else ():
+            yield replace(plan, programs=programs, num_stages=num_stages)
 
 
 def _quantized_tiled(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterator[Plan]:

@@ -156,6 +156,8 @@ def _build(
     halves: dict[str, LayerHalf],
     failed: dict[str, str],
 ) -> None:
+    torch._dynamo.reset()  # else it stops compiling, after eight shapes
+    _compiled_linear.cache_clear()
     halves[PLAIN] = _ours(case, layers)
     halves[OURS] = _ours(case, [quantized_layer(each, FORMATS[form]) for each in layers])
     for name, make in _peers(form).items() if peers else ():
@@ -280,7 +282,7 @@ def _torchao(form: str, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor
         "fp8 x fp8": lambda: ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow()),
     }
     linear = _linear(weight, bias)
-    if form == "int4":  # its kernel takes bfloat16 alone
+    if form in ("int4", "fp8 x fp8"):  # these kernels take bfloat16 alone
         linear = linear.to(torch.bfloat16)
     holder = nn.Sequential(linear)
     ao.quantize_(holder, configs[form]())

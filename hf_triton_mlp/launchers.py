@@ -701,6 +701,20 @@ def linear_launch(
     return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
 
 
+def kernel_format(weight: QuantizedWeight, device: torch.device) -> str:
+    """The weight's format, or "fp8 in hardware" where an instruction makes float16 of two fp8."""
+    if weight.format == "fp8" and device.type == "cuda" and gpu(device.index)[1] >= (8, 9):
+        return "fp8 in hardware"
+    return weight.format
+
+
+def scaled(weight: QuantizedWeight, depth: int) -> str:
+    """What scales multiply: "result", if of whole rows, "sums" of `depth` values, or "weights"."""
+    if weight.scales.shape[1] == 1 and weight.zeros is None:
+        return "result"
+    return "sums" if weight.group_size % depth == 0 else "weights"
+
+
 def quantized_launch(
     plan: Plan,
     x: Tensor,
@@ -752,15 +766,11 @@ def quantized_launch(
         grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
         options = plan.num_warps, plan.num_stages, plan.pdl
         return Launch(quantized_tiled_kernel, grid, tensors, scalars, constants, *options)
-    if scales.shape[1] == 1 and zeros is None:
-        use = "result"
-    else:
-        use = "sums" if weight.group_size % (plan.block_k // plan.slices) == 0 else "weights"
     constants = (
         activation,
-        weight.format,
+        kernel_format(weight, x.device),
         weight.group_size,
-        use,
+        scaled(weight, plan.block_k // plan.slices),
         128 if weight.format == "int4" else 64,
         *tile,
         plan.num_warps,
@@ -799,35 +809,38 @@ def quantized_row_launch(
         x, add, add2, carry, out, codes, scales, zeros, bias,
         gate_codes, gate_scales, gate_zeros, gate[1], norm_weight, norm_bias, add_bias,
     )  # fmt: skip
-    gate_stride = 0 if gate_codes is None else gate_codes.stride(0) // VECTOR
-    scalars = (N, K, codes.stride(0) // VECTOR, gate_stride, *scales.stride(), eps)
     blocks = -(-N // plan.block_n)
-    shared = plan.programs if plan.programs < blocks else 0
-    whole_rows = scales.shape[1] == 1 and zeros is None
+    programs = min(plan.programs or blocks, blocks)
+    span = 4 * tuning.QUANTIZED_VECTORS[weight.format]
+    part = 8 * span * plan.num_warps
     constants = (
+        K,
+        codes.stride(0) // VECTOR,
+        0 if gate_codes is None else gate_codes.stride(0) // VECTOR,
+        *scales.stride(),
         kind,
         carry_normed,
         activation,
-        weight.format,
-        0 if whole_rows else weight.group_size,
-        tuning.QUANTIZED_VECTORS[weight.format],
+        kernel_format(weight, x.device),
+        weight.group_size,
+        scaled(weight, span),
+        span,
         plan.block_n,
-        plan.block_k,
-        plan.block_k == K,
-        N % plan.block_n == 0,
-        shared,
-        plan.num_stages if shared else 1,
-        plan.block_n * triton.next_power_of_2(-(-blocks // (shared or blocks))),
+        -(-K // part),
+        N % plan.block_n == 0 and K % part == 0,
+        programs,
+        plan.num_stages if programs < blocks else 1,
+        # A warp has 32 threads for them; what is beyond a program's blocks is beyond N.
+        max(plan.block_n * triton.next_power_of_2(-(-blocks // programs)), 32),
         plan.num_warps,
-        triton.next_power_of_2(-(-K // (shared or blocks))),
+        triton.next_power_of_2(-(-K // programs)),
         plan.pdl,
         waited and plan.lines == 0,
     )
     # Ptxas would take more where several blocks are on their way, which 16 warps could not have.
-    registers = 128 if shared and plan.num_stages > 1 else None
-    options = plan.num_warps, 1, plan.pdl, registers
-    grid = (shared or blocks, 1, 1)
-    return Launch(quantized_row_kernel, grid, tensors, scalars, constants, *options)
+    options = plan.num_warps, 1, plan.pdl, 128
+    grid = (programs, 1, 1)
+    return Launch(quantized_row_kernel, grid, tensors, (N, eps), constants, *options)
 
 
 def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:

@@ -156,6 +156,8 @@ class Plan:
             # A decode step is launched by address, without the host work of PyTorch's operations.
             "library": (DECODE_ROWS + 1, M),
         }.get(self.kernel, (1, M))
+        if self.kernel == "quantized_row" and self.block_n < 2:
+            raise ValueError("'quantized_row' has blocks of 2 rows or more")
         if self.kernel not in KERNELS or not fewest <= M <= most:
             raise ValueError(f"{self.kernel!r} is no kernel for {M} rows of {dtype}")
         if self.kernel == "stream":
@@ -333,26 +335,32 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
 
 
 def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
-    """32 values of x and 64 bytes of codes in each thread, 128 registers: 16 warps at a time.
+    """32 values of x in each thread, or 64, and 64 bytes of codes, 128 registers: 16 warps at a time.
 
     Where one wave of programs cannot have all rows, each goes on to its next rows, and has those
-    after them on their way. Of rows of 2048 the norm counts, of which more threads take less.
+    after them on their way: bytes need more of that than int4, whose scales count too.
     """
-    depth = max(triton.next_power_of_2(linear.K), 32 * QUANTIZED_VECTORS[linear.format or ""])
-    values = 16 if depth == 2048 else 32
-    warps = min(max(depth // (32 * values), 1), 16)
-    row_bytes = depth // 2 if linear.format == "int4" else depth
-    block_n = max(64 * values * warps // row_bytes // (2 if linear.gated else 1), 1)
+    span = 4 * QUANTIZED_VECTORS[linear.format or ""]
+    depth = triton.next_power_of_2(linear.K)
+    warps = min(max(depth // 1024, 1), 16)
     programs = BUSY_PROGRAMS * 16 // warps
-    shared = block_n * programs < linear.N
+    tiles = -(-linear.K // (8 * span * warps))
+    int4 = linear.format == "int4"
+    block_n = max((4 if int4 or warps == 16 else 8) // tiles // (2 if linear.gated else 1), 2)
+    # Registers of codes, of a block and of all that are on their way.
+    block = 4 * block_n * tiles * (2 if linear.gated else 1)
+    ahead = (48 if warps == 16 and tiles == 1 else 32) if int4 else 64
+    if int4 and linear.group % (4 * 32) != 0:  # scales of weights take registers too
+        ahead = 16
+    blocks = -(-linear.N // block_n)
     return Plan(
         kernel="quantized_row",
         block_n=block_n,
         block_k=depth,
         num_warps=warps,
-        # Of rows beyond 16384 each thread has 64 values: that leaves it registers for one.
-        num_stages=2 if shared and depth <= 16384 else 1,
-        programs=programs if shared else 0,
+        # Two blocks of a program are both loaded at once, or one after the other.
+        num_stages=max(ahead // block, 1) if blocks > 2 * programs else 1,
+        programs=programs if programs < blocks else 0,
         pdl=pdl,
     )
 

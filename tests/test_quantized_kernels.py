@@ -113,7 +113,8 @@ def check_linear(
     out, depth = size
     weight = quantized(out, depth, config)
     gate = quantized(out, depth, config) if gated else None
-    x = torch.randn(rows, depth + 3).to(DEVICE, dtype)[:, :depth]
+    # What adds up in all groups of a row shows where errors do.
+    x = (1 + torch.randn(rows, depth + 3)).to(DEVICE, dtype)[:, :depth]
     add, add2 = torch.randn(2, rows, out + 1).to(DEVICE, dtype)[..., :out]
     bias, gate_bias, add_bias = (vector(out, dtype) for _ in range(3))
     joined = Summands(add, add2, add_bias) if summands else launchers.NO_SUMMANDS

@@ -40,7 +40,7 @@ def plan_of(
     pdl = not INTERPRETED and torch.cuda.get_device_capability() >= PDL_CAPABILITY
     return Plan(
         kernel="quantized_row",
-        block_n=block_n if depth <= 4096 else 1,
+        block_n=block_n if depth <= 4096 else 2,
         block_k=depth,
         num_warps=min(max(depth // 1024, 1), 16),
         num_stages=num_stages,

@@ -20,10 +20,10 @@ INT4_FLOAT16 = tuple(
 INT4_BFLOAT16 = tuple((4 * i, "0x000f000f", "0x43004300", "0xc308c308") for i in range(4))
 
 
-def int4_asm(places: tuple[tuple[int, str, str, str], ...], minus: str = "") -> tl.constexpr:
+def int4_asm(places: tuple[tuple[int, str, str, str], ...], minus: str) -> tl.constexpr:
     """PTX for two words, $8 and $9, to eight registers of two codes each, plus their numbers.
 
-    minus: what takes these away again, an instruction on $ with minus number and 8 in b.
+    minus: what takes these away again, and 8, an instruction on $ with minus both in b.
     """
     lines = "{ .reg .b32 t, b, unit; mov.b32 unit, 0x3f803f80;"
     for i in range(2):
@@ -38,8 +38,12 @@ def int4_asm(places: tuple[tuple[int, str, str, str], ...], minus: str = "") -> 
 
 INT4_TO_FLOAT16 = int4_asm(INT4_FLOAT16, "add.f16x2 $, $, b;")
 INT4_TO_BFLOAT16 = int4_asm(INT4_BFLOAT16, "fma.rn.bf16x2 $, $, unit, b;")
-INT4_IN_FLOAT16 = int4_asm(INT4_FLOAT16)
-INT4_IN_BFLOAT16 = int4_asm(INT4_BFLOAT16)
+#: Alone the digits are subnormal numbers in float16, which the matrix units multiply as others:
+#: 2**-24 times the code, or 2**-20 times. (Sums of codes in 1024 would be left with errors of 1024
+#: times x, which add up: the matrix units cut digits off.)
+INT4_UNITS_IN_FLOAT16 = int4_asm(tuple((s, m, "0", "") for s, m, *_ in INT4_FLOAT16), "")
+INT4_UNIT = 2.0**-24
+INT4_IN_BFLOAT16 = int4_asm(INT4_BFLOAT16, "")
 
 #: Four bytes, in $4, to four halves. Plus 128 they are 0 to 255; 0x6480 is 1152, 1024 and that 128.
 INT8_TO_FLOAT16 = tl.constexpr(
@@ -75,6 +79,13 @@ FP8_TO_FLOAT16 = tl.constexpr(
         for i, selector in enumerate(("0x1404", "0x3424"))
     )
     + " }"
+)
+
+#: The same where an instruction does that, from compute capability 8.9 on.
+FP8_TO_FLOAT16_IN_HARDWARE = tl.constexpr(
+    "{ .reg .b16 low, high; .reg .b32 t, u; mov.b32 {low, high}, $4;"
+    " cvt.rn.f16x2.e4m3x2 t, low; cvt.rn.f16x2.e4m3x2 u, high;"
+    " mov.b32 {$0, $1}, t; mov.b32 {$2, $3}, u; }"
 )
 
 #: Bfloat16's mean 2**-120 times it.
@@ -119,7 +130,7 @@ def int4_registers(words, DTYPE: tl.constexpr, EXACT: tl.constexpr):
     """
     CONSTRAINTS: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r"
     if DTYPE.is_fp16():
-        ASM: tl.constexpr = INT4_TO_FLOAT16 if EXACT else INT4_IN_FLOAT16
+        ASM: tl.constexpr = INT4_TO_FLOAT16 if EXACT else INT4_UNITS_IN_FLOAT16
         return tl.inline_asm_elementwise(
             ASM, CONSTRAINTS, [words], dtype=(tl.float16,) * 8, is_pure=True, pack=2
         )
@@ -134,16 +145,22 @@ def int4_registers(words, DTYPE: tl.constexpr, EXACT: tl.constexpr):
 def int4_values(words, DTYPE: tl.constexpr, EXACT: tl.constexpr):
     """Codes in words (rows, 4, n), n even, int32: (rows, 4, 8 * n), minus 8.
 
-    EXACT: False for code + 1024 and 64 by turns of two, bfloat16's + 128, in half the time.
+    EXACT: False for what takes fewer instructions, to be multiplied by `int4_factors`: in float16
+    2**-24 times the code, and 2**-20 times by turns of two, in bfloat16 the code plus 128.
     """
     ROWS: tl.constexpr = words.shape[0]
     PAIRS: tl.constexpr = words.shape[2] // 2
     if INTERPRETED:
         shifts = tl.arange(0, 8)
-        place = (shifts // 2)[None, None, None, :]
+        place = (shifts // 2 % 2)[None, None, None, :]
         shifts = shifts // 2 * 4 + shifts % 2 * 16
         codes = ((words[:, :, :, None] >> shifts[None, None, None, :]) & 15).to(tl.float32)
-        codes += -8.0 if EXACT else tl.where(place % 2 == 0, 1024.0, 64.0)
+        if EXACT:
+            codes -= 8.0
+        elif DTYPE.is_fp16():
+            codes *= tl.where(place == 0, 2.0**-24, 2.0**-20)
+        else:
+            codes += 128.0
         return tl.reshape(codes.to(DTYPE), (ROWS, 4, PAIRS * 16))
     else:
         a, b, c, d, e, f, g, h = int4_registers(words, DTYPE, EXACT)
@@ -157,7 +174,10 @@ def int4_values(words, DTYPE: tl.constexpr, EXACT: tl.constexpr):
 def byte_registers(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """The four int8 or fp8 codes of words in DTYPE: tensors of their shape."""
     if DTYPE.is_fp16():
-        ASM: tl.constexpr = INT8_TO_FLOAT16 if FORMAT == "int8" else FP8_TO_FLOAT16
+        if FORMAT == "fp8 in hardware":
+            ASM: tl.constexpr = FP8_TO_FLOAT16_IN_HARDWARE
+        else:
+            ASM: tl.constexpr = INT8_TO_FLOAT16 if FORMAT == "int8" else FP8_TO_FLOAT16
         return tl.inline_asm_elementwise(
             ASM, "=&h,=&h,=&h,=&h,r", [words], dtype=(tl.float16,) * 4, is_pure=True, pack=1
         )
@@ -218,25 +238,18 @@ def exact_values(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def filled_like(values, NUMBER: tl.constexpr):
-    """1, 64, 128 or 1024, that Triton takes for something made of the values: in their layout."""
-    if INTERPRETED:
-        return tl.full(values.shape, NUMBER, values.dtype)
+def int4_factors(x):
+    """x (rows, columns), where four and four columns meet a thread's codes: what is to multiply
+    `int4_values` that are not EXACT.
+
+    In float16 a sixteenth where these are 16 times as large. That is exact but for a subnormal
+    result, whose error is half of 2**-24, that of any output which is as small.
+    """
+    if x.dtype == tl.float16:
+        place = tl.arange(0, x.shape[1])[None, :] // 2 % 2
+        return x * tl.where(place == 0, 1.0, 0.0625).to(tl.float16)
     else:
-        if values.dtype == tl.bfloat16:
-            BITS: tl.constexpr = "0x3f803f80" if NUMBER == 1 else "0x43004300"
-        elif NUMBER == 1:
-            BITS: tl.constexpr = "0x3c003c00"
-        else:
-            BITS: tl.constexpr = "0x64006400" if NUMBER == 1024 else "0x54005400"
-        return tl.inline_asm_elementwise(
-            "mov.b32 $0, " + BITS + ";",
-            "=r,r",
-            [values],
-            dtype=values.dtype,
-            is_pure=True,
-            pack=2,
-        )
+        return x
 
 
 @triton.jit

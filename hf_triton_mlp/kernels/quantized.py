@@ -5,16 +5,18 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hf_triton_mlp.kernels import dequantize
 from hf_triton_mlp.kernels.activations import INTERPRETED
 from hf_triton_mlp.kernels.dequantize import (
     byte_values,
-    filled_like,
+    int4_factors,
     int4_values,
     where_kept,
 )
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
 
+INT4_UNIT = tl.constexpr(dequantize.INT4_UNIT)
 #: How Triton 3.6 lays operands out that were joined, as if of fewer than 16 bits; 3.9 does not.
 #: With the wrong order values move between threads, and products are the same.
 FOUR_IN_A_ROW = tl.constexpr(
@@ -164,45 +166,25 @@ def spread_scales(scales, HIGH: tl.constexpr, WARPS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def first_rows(w, ROWS: tl.constexpr):
-    """The first ROWS of the rows of w (warps, rows, depth)."""
-    if w.shape[1] == ROWS:
-        return w
-    else:
-        parts = tl.reshape(w, (w.shape[0], 2, w.shape[1] // 2, w.shape[2]))
-        first, _ = tl.split(tl.permute(parts, (0, 2, 3, 1)))
-        return first_rows(first, ROWS)
+def sum_rows(x, DTYPE: tl.constexpr, CHUNKS: tl.constexpr, WARPS: tl.constexpr, SPAN: tl.constexpr):
+    """Sums over the depth of x, of `int4_factors`, that take away what `weight_values` of int4 that
+    are not EXACT add to codes, and 1 of each code: two of (warps, 8, columns), alike in a column.
 
-
-@triton.jit
-def sum_rows(w, x, DTYPE: tl.constexpr):
-    """Sums over the depth of x, and of x times what codes are put into by `int4_values`: two of
-    (warps, 8, columns), alike in a column.
-
-    The matrix units put them into the threads that have the sums of products; what multiplies x,
-    made from 16 rows of w, has its layout.
+    They are products with a tile of codes of 0 and one of 1, so that the matrix units put them into
+    the threads that have the sums of other products.
     """
-    WARPS: tl.constexpr = w.shape[0]
-    # So many values in a row of the same place in a word.
-    RUN: tl.constexpr = 16 if FOUR_IN_A_ROW else 8
-    DEPTH: tl.constexpr = w.shape[2] // (2 * RUN)
-    w = tl.reshape(first_rows(w, 16), (WARPS, 2, 8, DEPTH, 2, RUN))
-    even, odd = tl.split(tl.permute(w, (0, 2, 3, 5, 1, 4)))
-    even, even_offset = tl.split(even)
-    odd, odd_offset = tl.split(odd)
-    even, odd = filled_like(even, 1), filled_like(odd, 1)
-    even_offset = filled_like(even_offset, 128 if DTYPE.is_bf16() else 1024)
-    odd_offset = filled_like(odd_offset, 128 if DTYPE.is_bf16() else 64)
-    w = tl.join(tl.join(even, even_offset), tl.join(odd, odd_offset))
-    w = tl.reshape(tl.permute(w, (0, 4, 1, 2, 5, 3)), (WARPS, 16, x.shape[1]))
+    i = tl.arange(0, 2 * CHUNKS * WARPS * 8)[:, None] + tl.zeros((1, SPAN // 8), tl.int32)
+    words = tl.where(i < CHUNKS * WARPS * 8, 0, 0x11111111)
+    w = as_matrix(weight_values(words, "int4", DTYPE, SPAN, False), 2, CHUNKS, WARPS, SPAN)
     sums = multiply(w, x, tl.zeros((WARPS, 16, x.shape[2]), tl.float32))
     sums = tl.reshape(sums, (WARPS, 2, 8, x.shape[2]))
-    return tl.split(tl.permute(sums, (0, 2, 3, 1)))
+    of_zeros, of_ones = tl.split(tl.permute(sums, (0, 2, 3, 1)))
+    return of_zeros, of_ones - of_zeros
 
 
 @triton.jit
 def spread_sums(sums, ROWS: tl.constexpr):
-    """Sums of `sum_rows` (warps, 8, columns) for all rows: (warps, ROWS, columns)."""
+    """`sum_rows`'s (warps, 8, columns) for all rows: (warps, ROWS, columns)."""
     WARPS: tl.constexpr = sums.shape[0]
     COLUMNS: tl.constexpr = sums.shape[2]
     sums = tl.broadcast_to(sums[:, None, :, :], (WARPS, ROWS // 8, 8, COLUMNS))
@@ -226,8 +208,9 @@ def multiply_tile(
     """acc + W · x for each warp: (WARPS, rows, columns); x from `as_fragment`.
 
     groups: its scales, if these do not multiply the result, and zeros, if there are any. Where
-    scales multiply sums, zeros do: x_sums are x's by `sum_rows`, empty if there are none yet.
-    Returns them too.
+    scales multiply int4's sums, zeros or 8 do: x is of `int4_factors` then, x_sums are its by
+    `sum_rows`, empty if there are none yet, and in float16 acc is INT4_UNIT times as large. Returns
+    x_sums too.
     """
     # The interpreter adds and multiplies the raw integers of bfloat16 too.
     DTYPE: tl.constexpr = tl.float32 if INTERPRETED and x.dtype == tl.bfloat16 else x.dtype
@@ -245,15 +228,14 @@ def multiply_tile(
         part = multiply(w, x, tl.zeros(acc.shape, tl.float32))
         if INT4_SUMS:
             if len(x_sums) == 0:
-                x_sums = sum_rows(w, x, DTYPE)
-            # What codes were put into, and zeros or 8, are subtracted here.
+                x_sums = sum_rows(x, DTYPE, CHUNKS, WARPS, SPAN)
+            if DTYPE != tl.float16:
+                part -= spread_sums(x_sums[0], acc.shape[1])
             if len(groups) > 1:
                 zeros = spread_scales(groups[1], HIGH, WARPS, acc.shape[2])
-                minus = spread_sums(x_sums[1], acc.shape[1])
-                minus += spread_sums(x_sums[0], acc.shape[1]) * zeros
+                part -= spread_sums(x_sums[1], acc.shape[1]) * zeros
             else:
-                minus = spread_sums(x_sums[1] + 8.0 * x_sums[0], acc.shape[1])
-            part -= minus
+                part -= spread_sums(8.0 * x_sums[1], acc.shape[1])
         acc += part * spread_scales(groups[0], HIGH, WARPS, acc.shape[2])
     else:
         acc = multiply(w, x, acc)
@@ -396,6 +378,7 @@ def quantized_linear_kernel(
     GATED: tl.constexpr = gate_w_ptr is not None
     GROUPED: tl.constexpr = SCALES != "result"
     ZEROS: tl.constexpr = zero_ptr is not None
+    INT4_SUMS: tl.constexpr = FORMAT == "int4" and SCALES == "sums"
     MATRICES: tl.constexpr = 2 if GATED else 1
     pid = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
@@ -466,7 +449,8 @@ def quantized_linear_kernel(
             # It comes from the L2: what other warps do meanwhile hides that.
             x += (load_tile(inputs, (first + i) * BLOCK_K, True, ""),)
         for i in tl.static_range(STAGES):
-            fragment = as_fragment(x[i], ROWS, CHUNKS, WARPS, SPAN)
+            tile = int4_factors(x[i]) if INT4_SUMS else x[i]
+            fragment = as_fragment(tile, ROWS, CHUNKS, WARPS, SPAN)
             of_groups = loaded[i][MATRICES:]
             acc, x_sums = multiply_tile(
                 loaded[i][0],
@@ -499,6 +483,9 @@ def quantized_linear_kernel(
             following += (load_tiles(matrices, groups, t, BLOCK_K, STORED_K, GROUP, EVEN),)
         loaded = following
 
+    if INT4_SUMS and x_ptr.dtype.element_ty == tl.float16:
+        acc *= 1.0 / INT4_UNIT
+        gate_acc *= 1.0 / INT4_UNIT
     y = sum_columns(acc, ROWS, SLICES)
     gate = gate_b
     if GATED:
