@@ -335,7 +335,7 @@ def _choose_quantized(linear: Linear, pdl: bool) -> Plan:
 
 
 def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
-    """32 values of x in each thread, or 64, and 64 bytes of codes, 128 registers: 16 warps at a time.
+    """32 values of x a thread, or 64, and 64 bytes of codes: 16 warps of 128 registers at a time.
 
     Where one wave of programs cannot have all rows, each goes on to its next rows, and has those
     after them on their way: bytes need more of that than int4, whose scales count too.

@@ -229,7 +229,7 @@ def multiply_tile(
         if INT4_SUMS:
             if len(x_sums) == 0:
                 x_sums = sum_rows(x, DTYPE, CHUNKS, WARPS, SPAN)
-            if DTYPE != tl.float16:
+            if not DTYPE.is_fp16():
                 part -= spread_sums(x_sums[0], acc.shape[1])
             if len(groups) > 1:
                 zeros = spread_scales(groups[1], HIGH, WARPS, acc.shape[2])
@@ -483,7 +483,7 @@ def quantized_linear_kernel(
             following += (load_tiles(matrices, groups, t, BLOCK_K, STORED_K, GROUP, EVEN),)
         loaded = following
 
-    if INT4_SUMS and x_ptr.dtype.element_ty == tl.float16:
+    if INT4_SUMS and x_ptr.dtype.element_ty.is_fp16():
         acc *= 1.0 / INT4_UNIT
         gate_acc *= 1.0 / INT4_UNIT
     y = sum_columns(acc, ROWS, SLICES)

@@ -45,7 +45,7 @@ def load_codes(
     WARPS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Words of BLOCK_N rows of codes from row `first_n` on: TILES times (BLOCK_N * WARPS * 8, WIDTH).
+    """Codes of BLOCK_N rows from `first_n` on, int32: TILES times (BLOCK_N * WARPS * 8, WIDTH).
 
     Of each row a warp has 8 slices at a time, one after the other; of each slice 4 threads have 16
     bytes, WIDTH words together. STRIDE: of rows, in vectors of 16 bytes; STORED_K: words of a row.
@@ -201,7 +201,7 @@ def multiply_block(
             w = as_matrix(values, BLOCK_N, 1, WARPS, SPAN)
             part = own_columns(multiply(w, x[t], tl.zeros(shape, tl.float32)))
             if FORMAT == "int4":
-                if DTYPE != tl.float16:
+                if not DTYPE.is_fp16():
                     part -= spread_sums(x_sums[t][0], BLOCK_N * 8)
                 minus = spread_sums(x_sums[t][1], BLOCK_N * 8)
                 if len(zeros) > 0:
@@ -331,14 +331,14 @@ def quantized_row_kernel(
     The row is in registers as a whole, rounded to 16 bits after the norm as PyTorch's is: TILES
     times 8 slices for each of all WARPS, and each thread has the values that its codes are
     multiplied by. PROGRAMS share the blocks of BLOCK_N outputs; STAGES blocks of each are on their
-    way, and it has up to OUTPUTS outputs, a multiple of 32. Warps wait for each other only in the end, when their
-    sums are added up. EVEN: N is whole blocks, and K whole tiles. PDL, EARLY: as in
+    way, and it has up to OUTPUTS outputs, a multiple of 32. Warps wait for each other only in the
+    end, when their sums are added up. EVEN: N is whole blocks, and K whole tiles. PDL, EARLY: as in
     `skinny_linear_kernel`, without lines.
     """
     WIDTH: tl.constexpr = SPAN // 8 if FORMAT == "int4" else SPAN // 4
     PART: tl.constexpr = WARPS * 8 * SPAN
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    VALUES: tl.constexpr = tl.float32 if INTERPRETED and DTYPE == tl.bfloat16 else DTYPE
+    VALUES: tl.constexpr = tl.float32 if INTERPRETED and DTYPE.is_bf16() else DTYPE
     INT4_SUMS: tl.constexpr = FORMAT == "int4" and SCALES == "sums"
     GROUPED: tl.constexpr = SCALES != "result"
     GATED: tl.constexpr = gate_w_ptr is not None
@@ -489,7 +489,7 @@ def quantized_row_kernel(
 
     y = tl.reshape(tl.sum(kept, axis=1), (OUTPUTS,))
     gate = tl.reshape(tl.sum(gate_kept, axis=1), (OUTPUTS,))
-    if INT4_SUMS and DTYPE == tl.float16:
+    if INT4_SUMS and DTYPE.is_fp16():
         y *= 1.0 / INT4_UNIT
         gate *= 1.0 / INT4_UNIT
     if not GROUPED:
