@@ -137,8 +137,8 @@ def _quantized(linear: Linear, pdl: bool, gates: int, processors: int) -> Iterat
 
 
 def _quantized_row(linear: Linear, default: Plan, processors: int) -> Iterator[Plan]:
-    """As many programs as run here, of as many threads as the default's, or twice or half as many;
-    so many registers of codes on their way, in blocks of several sizes."""
+    """As many programs as run here, of as many threads as the default's, or twice as many; codes of
+    one block to four on their way, in blocks of several sizes."""
     n, warps = default.block_n, default.num_warps
     for block_n, count in ((n, warps), (n // 2, warps), (2 * n, warps), (n, 2 * warps)):
         if block_n < 2 or count > 16:
