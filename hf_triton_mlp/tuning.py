@@ -346,12 +346,17 @@ def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
     programs = BUSY_PROGRAMS * 16 // warps
     tiles = -(-linear.K // (8 * span * warps))
     int4 = linear.format == "int4"
-    block_n = max((4 if int4 or warps == 16 else 8) // tiles // (2 if linear.gated else 1), 2)
+    # Bfloat16 takes more registers than float16 to become a norm's float32.
+    few = int4 or warps == 16 or linear.dtype == torch.bfloat16
+    block_n = max((4 if few else 8) // tiles // (2 if linear.gated else 1), 2)
     # Registers of codes, of a block and of all that are on their way.
     block = 4 * block_n * tiles * (2 if linear.gated else 1)
-    ahead = (48 if warps == 16 and tiles == 1 else 32) if int4 else 64
-    if int4 and linear.group % (4 * 32) != 0:  # scales of weights take registers too
-        ahead = 16
+    if int4:
+        ahead = 48 if warps == 16 and tiles == 1 else 32
+        if linear.group % (4 * 32) != 0:  # scales of weights take registers too
+            ahead = 16
+    else:
+        ahead = 32 if few and warps < 16 else 64
     blocks = -(-linear.N // block_n)
     return Plan(
         kernel="quantized_row",

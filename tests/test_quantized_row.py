@@ -197,6 +197,7 @@ def empty_weight(out: int, size: int, name: str) -> QuantizedWeight:
 
 @pytest.mark.skipif(INTERPRETED or not CUOBJDUMP.exists(), reason="nothing compiles here")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("out", "size", "name", "normed", "gated"),
     [
@@ -207,6 +208,9 @@ def empty_weight(out: int, size: int, name: str) -> QuantizedWeight:
         (4096, 16384, "int8", False, False),
         (4096, 16384, "fp8", False, False),
         (7168, 28672, "int4 128", False, False),
+        (28672, 7168, "int4 128", True, False),
+        (8192, 2048, "int4 128", True, False),
+        (2048, 8192, "int8", False, False),
         (14336, 4096, "int4 128", True, True),
     ],
 )
@@ -216,18 +220,19 @@ def test_default_plans_stay_in_registers(
     name: str,
     normed: bool,
     gated: bool,
+    dtype: torch.dtype,
     capability: tuple[int, int],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for dtype, pointer in ((torch.int32, "*i32"), (torch.int8, "*i8")):
-        monkeypatch.setitem(TYPES, dtype, pointer)
+    for stored, pointer in ((torch.int32, "*i32"), (torch.int8, "*i8")):
+        monkeypatch.setitem(TYPES, stored, pointer)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float16, device="meta")
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     weight = empty_weight(out, size, name)
-    plan = choose(launchers.linear_of(1, weight, gated), capability)
+    plan = choose(launchers.linear_of(1, weight, gated, dtype), capability)
     x, y = empty(1, size), empty(1, out)
     norm = Norm("layer_norm", empty(size), empty(size), 1e-5, empty(1, size), False)
     before, adds = (norm, Summands(x)) if normed else (None, Summands(y))
