@@ -242,7 +242,13 @@ def test_default_plans_stay_in_registers(
         replace(plan, pdl=capability >= PDL_CAPABILITY),
         x, weight, empty(out), gates, activation, before, adds, y, True,
     )  # fmt: skip
+    if weight.format == "fp8" and dtype == torch.float16 and capability >= (8, 9):
+        at = call.constants.index("fp8")
+        constants = (*call.constants[:at], "fp8 in hardware", *call.constants[at + 1 :])
+        compiled = check_compiles(call._replace(constants=constants), capability, tmp_path)
+        assert "cvt.rn.f16x2.e4m3x2" in compiled.asm["ptx"]
     compiled = check_compiles(call, capability, tmp_path)
+    assert "cvt.rn.f16x2.e4m3x2" not in compiled.asm["ptx"]
     # Sums of each warp meet there, and nothing else does.
     blocks = -(-out // plan.block_n)
     outputs = plan.block_n * triton.next_power_of_2(-(-blocks // (plan.programs or blocks)))
