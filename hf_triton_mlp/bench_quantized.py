@@ -156,8 +156,6 @@ def _build(
     halves: dict[str, LayerHalf],
     failed: dict[str, str],
 ) -> None:
-    torch._dynamo.reset()  # else it stops compiling, after eight shapes
-    _compiled_linear.cache_clear()
     halves[PLAIN] = _ours(case, layers)
     halves[OURS] = _ours(case, [quantized_layer(each, FORMATS[form]) for each in layers])
     for name, make in _peers(form).items() if peers else ():
@@ -176,6 +174,7 @@ def _cell(
     M: int,
     read_tb_s: float,
 ) -> dict[str, Any]:
+    torch._dynamo.reset()  # after eight shapes it would stop compiling
     chain = Chain(case, layers, M)
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     found: dict[str, dict[str, Any]] = {name: {"failed": why} for name, why in failed.items()}

@@ -771,7 +771,7 @@ def quantized_launch(
         kernel_format(weight, x.device),
         weight.group_size,
         scaled(weight, plan.block_k // plan.slices),
-        128 if weight.format == "int4" else 64,
+        4 * tuning.QUANTIZED_VECTORS[weight.format],
         *tile,
         plan.num_warps,
         plan.slices,

@@ -346,14 +346,14 @@ def _choose_quantized_row(linear: Linear, pdl: bool) -> Plan:
     programs = BUSY_PROGRAMS * 16 // warps
     tiles = -(-linear.K // (8 * span * warps))
     int4 = linear.format == "int4"
-    # Bfloat16 takes more registers than float16 to become a norm's float32.
+    # With more, an up projection of bytes with its norm spills in bfloat16.
     few = int4 or warps == 16 or linear.dtype == torch.bfloat16
     block_n = max((4 if few else 8) // tiles // (2 if linear.gated else 1), 2)
     # Registers of codes, of a block and of all that are on their way.
     block = 4 * block_n * tiles * (2 if linear.gated else 1)
     if int4:
         ahead = 48 if warps == 16 and tiles == 1 else 32
-        if linear.group % (4 * 32) != 0:  # scales of weights take registers too
+        if linear.group % span != 0:  # scales of weights take registers too
             ahead = 16
     else:
         ahead = 32 if few and warps < 16 else 64

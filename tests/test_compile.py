@@ -89,8 +89,8 @@ def check_compiles(call: Launch, capability: tuple[int, int], folder: Path) -> A
     cubin.write_bytes(compiled.asm["cubin"])
     used = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", used)
-    # Where registers are few, values of the prologue or epilogue may wait on the stack.
-    allowed = 0 if call.registers is None else 128
+    # Where registers are few, some of the prologue or epilogue may wait on the stack; no loop may.
+    allowed = 0 if call.registers is None else 96
     assert found is not None and int(found[2]) <= allowed, f"registers spill to the stack: {used}"
     if int(found[2]) > 0:
         code = instructions(compiled.asm["cubin"], folder)

@@ -39,10 +39,10 @@ def int4_asm(places: tuple[tuple[int, str, str, str], ...], minus: str) -> tl.co
 INT4_TO_FLOAT16 = int4_asm(INT4_FLOAT16, "add.f16x2 $, $, b;")
 INT4_TO_BFLOAT16 = int4_asm(INT4_BFLOAT16, "fma.rn.bf16x2 $, $, unit, b;")
 #: Alone the digits are subnormal numbers in float16, which the matrix units multiply as others:
-#: 2**-24 times the code, or 2**-20 times. (Sums of codes in 1024 would be left with errors of 1024
-#: times x, which add up: the matrix units cut digits off.)
+#: 2**-24 times the code, or 2**-20 times. (Sums of codes in 1024, less 1024 times those of x, have
+#: errors that add up where x's mean is not 0.)
 INT4_UNITS_IN_FLOAT16 = int4_asm(tuple((s, m, "0", "") for s, m, *_ in INT4_FLOAT16), "")
-INT4_UNIT = 2.0**-24
+INT4_UNIT = tl.constexpr(2.0**-24)
 INT4_IN_BFLOAT16 = int4_asm(INT4_BFLOAT16, "")
 
 #: Four bytes, in $4, to four halves. Plus 128 they are 0 to 255; 0x6480 is 1152, 1024 and that 128.

@@ -5,9 +5,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hf_triton_mlp.kernels import dequantize
 from hf_triton_mlp.kernels.activations import INTERPRETED
 from hf_triton_mlp.kernels.dequantize import (
+    INT4_UNIT,
     byte_values,
     int4_factors,
     int4_values,
@@ -16,7 +16,6 @@ from hf_triton_mlp.kernels.dequantize import (
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.skinny import finish, load_summands, load_vector
 
-INT4_UNIT = tl.constexpr(dequantize.INT4_UNIT)
 #: How Triton 3.6 lays operands out that were joined, as if of fewer than 16 bits; 3.9 does not.
 #: With the wrong order values move between threads, and products are the same.
 FOUR_IN_A_ROW = tl.constexpr(

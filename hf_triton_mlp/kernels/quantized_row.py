@@ -6,11 +6,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
-from hf_triton_mlp.kernels.dequantize import int4_factors
+from hf_triton_mlp.kernels.dequantize import INT4_UNIT, int4_factors
 from hf_triton_mlp.kernels.norm import add_pairs, apply_affine, load_affine, load_sum, normalize
 from hf_triton_mlp.kernels.prefetch import prefetch_vector
 from hf_triton_mlp.kernels.quantized import (
-    INT4_UNIT,
     as_fragment,
     as_matrix,
     multiply,
@@ -184,8 +183,8 @@ def multiply_block(
     """Each warp's sums of W · x, (WARPS,) for each row of `load_matrix`; scales of whole rows are
     not in them.
 
-    x: by `as_fragment`, with slices for rows; x_sums: `sum_rows`'s of each, if it
-    is of `int4_factors`, their own columns, times 8 if there are no zeros to multiply them.
+    x: by `as_fragment`, with slices for rows; x_sums: `sum_rows`'s of each, if it is of
+    `int4_factors`, their own columns, times 8 if there are no zeros to multiply them.
     A product of the matrix units has the 8 slices of two rows of W and, as columns, those of x:
     what a slice gives with its own column is used. TYPES: of scales and zeros.
     """
