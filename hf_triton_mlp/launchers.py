@@ -260,6 +260,29 @@ def linear(
     return out
 
 
+def mlp(
+    x: Tensor,
+    weights: MLPWeights,
+    *,
+    activation: str,
+    summands: Summands = NO_SUMMANDS,
+    plans: tuple[Plan | None, Plan | None] = (None, None),
+    waited: bool = False,
+) -> Tensor:
+    """act(x·upᵀ) [gated]·downᵀ, with their biases, + summands, for rows x (tokens, H), contiguous.
+
+    waited: as in `linear`.
+    """
+    w = weights
+    if multiplies_both_fp8(w, x):
+        return fp8_mlp(x, w, activation, summands)
+    gate = w.gate, w.gate_bias
+    hidden = linear(
+        x, w.up, w.up_bias, gate=gate, activation=activation, plan=plans[0], waited=waited
+    )
+    return linear(hidden, w.down, w.down_bias, summands=summands, plan=plans[1], waited=True)
+
+
 def normed_mlp(
     x: Tensor,
     residual: Tensor | None,
@@ -297,6 +320,11 @@ def normed_mlp(
         carry_normed=not pre_norm,
         carry_bias=w.down_bias if in_place else None,
     )
+    if up_plan.kernel == down_plan.kernel == "library" and multiplies_both_fp8(w, x):
+        u = normalize(x, residual, bias, before, pdl=up_plan.pdl)
+        if scaled:
+            return scaled_add(carry, fp8_mlp(u, w, activation, NO_SUMMANDS), None, branch_scale)
+        return fp8_mlp(u, w, activation, Summands(carry))
     hidden = linear(
         x,
         w.up,
@@ -345,16 +373,8 @@ def branch_normed_mlp(
         branch_norm, norm_eps, w.attention_norm_weight, total, w.norm_weight, normed
     )
     norm_sum(x, bias, residual, attention_norm, pdl=up_plan.pdl)
-    hidden = linear(
-        total if normed is None else normed,
-        w.up,
-        w.up_bias,
-        gate=(w.gate, w.gate_bias),
-        activation=activation,
-        plan=up_plan,
-        waited=True,
-    )
-    branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
+    u, plans = total if normed is None else normed, (up_plan, down_plan)
+    branch = mlp(u, w, activation=activation, plans=plans, waited=True)
     output_norm = BranchNorm(branch_norm, norm_eps, w.output_norm_weight, out)
     norm_sum(branch, None, total, output_norm, pdl=down_plan.pdl)
     return out
@@ -448,26 +468,59 @@ def fp8_linear(
     summands: Summands,
 ) -> Tensor:
     """`library_linear` of rows that become fp8 too, each with a scale of its own."""
-    codes, scales = quantize_rows(x)
-
-    def product(weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-        return multiply_fp8(codes, scales, weight.codes, weight.scales, bias, x.dtype)
-
-    out = product(weight, bias)
-    gates = product(gate[0], gate[1]) if isinstance(gate[0], QuantizedWeight) else None
+    out, gates = fp8_products(quantize_rows(x), weight, bias, gate, x.dtype)
     if activation is not None or gates is not None:
         launch(activation_launch(out, gates, activation))
     return join(out, summands)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x (tokens, K) in fp8, and their scales (tokens, 1)."""
+def multiplies_both_fp8(w: MLPWeights, x: Tensor) -> bool:
+    """Whether rows x become fp8 for all of these weights."""
+    M, dtype = x.shape[0], x.dtype
+    both = multiplies_fp8(w.up, M, dtype) and multiplies_fp8(w.down, M, dtype)
+    return both and in_vectors(w.gate)
+
+
+def fp8_mlp(x: Tensor, w: MLPWeights, activation: str, summands: Summands) -> Tensor:
+    """`mlp` of rows that become fp8 in front of both products, activated on the way."""
+    assert isinstance(w.up, QuantizedWeight) and isinstance(w.down, QuantizedWeight)
+    gate = w.gate, w.gate_bias
+    up, opened = fp8_products(quantize_rows(x), w.up, w.up_bias, gate, x.dtype)
+    hidden = quantize_rows(up, opened, activation)
+    out, _ = fp8_products(hidden, w.down, w.down_bias, (None, None), x.dtype)
+    return join(out, summands)
+
+
+def fp8_products(
+    rows: tuple[Tensor, Tensor],
+    weight: QuantizedWeight,
+    bias: Tensor | None,
+    gate: tuple[Weight | None, Tensor | None],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """The products of `quantize_rows`'s rows with a weight and its gate, if it has one."""
+
+    def product(weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+        return multiply_fp8(*rows, weight.codes, weight.scales, bias, dtype)
+
+    opened = product(gate[0], gate[1]) if isinstance(gate[0], QuantizedWeight) else None
+    return product(weight, bias), opened
+
+
+def quantize_rows(
+    x: Tensor, gate: Tensor | None = None, activation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows act(x), or act(gate) * x, (tokens, K), in fp8, and their scales (tokens, 1)."""
     M, K = x.shape
     codes = torch.empty((M, K), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((M, 1), dtype=torch.float32, device=x.device)
-    block = min(triton.next_power_of_2(K), 4096)
-    tensors, scalars = (x, codes, scales), (K, x.stride(0))
-    launch(Launch(quantize_rows_kernel, (M, 1, 1), tensors, scalars, (block,), 8, 1))
+    # 64 values a thread, or fewer: as a whole a row is read, and activated, once.
+    block = triton.next_power_of_2(K)
+    one_block = block <= 16384
+    constants = (activation, block if one_block else 4096, one_block)
+    scalars = K, x.stride(0), 0 if gate is None else gate.stride(0)
+    tensors = x, gate, codes, scales
+    launch(Launch(quantize_rows_kernel, (M, 1, 1), tensors, scalars, constants, 8, 1))
     return codes, scales
 
 

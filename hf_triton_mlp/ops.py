@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_triton_mlp import launchers
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.launchers import MLPWeights, Summands, linear, on_device, rows
+from hf_triton_mlp.launchers import MLPWeights, Summands, linear, mlp, on_device, rows
 from hf_triton_mlp.quantization import QuantizedWeight, Weight, same_format
 from hf_triton_mlp.reading import split_packed
 
@@ -420,14 +420,12 @@ def _gelu_gemm(
     if not kernels_apply(input):
         return GELUGemmOp(activation=activation).compose(input, w, add, add2, add_bias)
     with on_device(input):
-        gated = w.gate, w.gate_bias
-        hidden = linear(rows(input), w.up, w.up_bias, gate=gated, activation=activation)
         summands = Summands(
             add=None if add is None else rows(add),
             add2=None if add2 is None else rows(add2),
             add_bias=add_bias,
         )
-        out = linear(hidden, w.down, w.down_bias, summands=summands, waited=True)
+        out = mlp(rows(input), w, activation=activation, summands=summands)
     return out.view(input.shape)
 
 

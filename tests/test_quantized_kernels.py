@@ -16,11 +16,13 @@ from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.launchers import (
     MLPWeights,
     Summands,
+    activation_launch,
     branch_normed_mlp,
     dequantize_launch,
     executable,
     launch,
     linear,
+    mlp,
     normed_mlp,
     plan_linear,
     quantize_rows,
@@ -316,6 +318,20 @@ def test_rows_in_fp8(size: int, dtype: torch.dtype) -> None:
     assert (wrong <= x.float().abs() / 16 * 1.001 + scales * 2**-10).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [17, 344, 20000])
+@pytest.mark.parametrize("gated", [True, False])
+def test_activated_rows_in_fp8(gated: bool, size: int, dtype: torch.dtype) -> None:
+    """The same bits as of rows that are activated first."""
+    both = torch.randn(3, 2 * size).to(DEVICE, dtype)
+    x, gate = both[:, :size], both[:, size:] if gated else None
+    codes, scales = quantize_rows(x, gate, "silu")
+    launch(activation_launch(x, gate, "silu"))  # in place
+    expected = quantize_rows(x)
+    assert torch.equal(scales, expected[1])
+    assert torch.equal(codes.view(torch.int8), expected[0].view(torch.int8))
+
+
 def check_fp8_products(dtype: torch.dtype) -> None:
     """Skip on a GPU without them; Hopper has them in both dtypes."""
     if not launchers.has_fp8_products(torch.cuda.current_device(), dtype):
@@ -358,18 +374,27 @@ def test_products_in_fp8(gated: bool, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(INTERPRETED, reason="cuBLAS multiplies them")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_mlps_in_fp8(pre_norm: bool, dtype: torch.dtype) -> None:
-    """Nothing of it is added in place: the carry is what the norm gave."""
+@pytest.mark.parametrize("gated", [True, False])
+def test_mlps_in_fp8(gated: bool, pre_norm: bool, dtype: torch.dtype) -> None:
+    """Nothing of it is added in place: the carry is what the norm gave. The same bits come of
+    linear layers that know nothing of each other."""
     config = QuantizationConfig(format="fp8", activations="fp8")
     up, down = quantized(1024, 512, config), quantized(512, 1024, config)
+    gate = quantized(1024, 512, config) if gated else None
     check_fp8_products(dtype)
     assert launchers.multiplies_fp8(up, 300, dtype) and launchers.multiplies_fp8(down, 300, dtype)
     x, residual = torch.randn(2, 300, 512).to(DEVICE, dtype)
     vectors = [vector(size, dtype) for size in (1024, 512)]
-    weights = MLPWeights(up, down, *vectors, norm_weight=vector(512, dtype, 1.0))
+    weights = MLPWeights(up, down, *vectors, gate, norm_weight=vector(512, dtype, 1.0))
+    hidden = linear(x, up, vectors[0], gate=(gate, None), activation="silu")
+    alone = linear(hidden, down, vectors[1], summands=Summands(residual))
+    assert torch.equal(mlp(x, weights, activation="silu", summands=Summands(residual)), alone)
     options = {"activation": "relu", "norm": "rms_norm", "norm_eps": 1e-5, "pre_norm": pre_norm}
     actual = normed_mlp(x, residual, None, weights, **options)
-    plain = weights._replace(up=up._replace(activations=None), down=down._replace(activations=None))
+    matrices = {"up": up, "down": down, "gate": gate}
+    plain = weights._replace(
+        **{name: w._replace(activations=None) for name, w in matrices.items() if w is not None}
+    )
     exact = normed_mlp(x, residual, None, plain, **options)
     assert 1e-3 < ((actual - exact).double().norm() / exact.double().norm()).item() < 0.1
 

@@ -6,7 +6,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
 from hf_triton_mlp.kernels.dequantize import exact_float, exact_values, wide_fp8
-from hf_triton_mlp.kernels.tiled import store_tile
+from hf_triton_mlp.kernels.tiled import load_activated, store_tile
 
 
 @triton.jit
@@ -327,28 +327,49 @@ def quantized_tiled_kernel(
 @triton.jit
 def quantize_rows_kernel(
     x_ptr,
+    gate_ptr,
     out_ptr,
     scale_ptr,
     K,
     stride_x,
+    stride_gate,
+    ACTIVATION: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
 ):
-    """A row of x, by row stride, in e4m3: codes (rows, K), contiguous, and scales (rows,), float32.
+    """A row of act(x), or of act(gate) * x, rounded to their dtype as if it were stored between, in
+    e4m3: codes (rows, K), contiguous, and scales (rows,), float32.
 
-    value = code * scale, the largest code being 448.
+    x, gate: by row strides. value = code * scale, the largest code being 448. ONE_BLOCK: K <=
+    BLOCK_K, so that the row is in registers as a whole.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * stride_x
-    largest = tl.zeros((BLOCK_K,), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        offs = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(x))
-    scale = tl.max(largest, axis=0) / 448.0
+    if gate_ptr is not None:
+        gate_ptr += row * stride_gate
+    out_ptr += row * K
+    offs = tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
+        mask = offs < K
+        x = load_activated(x_ptr, gate_ptr, None, None, offs, mask, ACTIVATION).to(tl.float32)
+        scale = tl.max(tl.where(mask, tl.abs(x), 0.0), axis=0) / 448.0
+        tl.store(out_ptr + offs, fp8_codes(x, scale), mask=mask)
+    else:
+        largest = tl.zeros((BLOCK_K,), tl.float32)
+        for k in range(0, K, BLOCK_K):
+            mask = offs < K - k
+            x = load_activated(x_ptr, gate_ptr, None, None, k + offs, mask, ACTIVATION)
+            largest = tl.maximum(largest, tl.where(mask, tl.abs(x.to(tl.float32)), 0.0))
+        scale = tl.max(largest, axis=0) / 448.0
+        for k in range(0, K, BLOCK_K):
+            mask = offs < K - k
+            x = load_activated(x_ptr, gate_ptr, None, None, k + offs, mask, ACTIVATION)
+            tl.store(out_ptr + k + offs, fp8_codes(x.to(tl.float32), scale), mask=mask)
     tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def fp8_codes(x, scale):
+    """x / scale in e4m3; 0 where the scale is."""
     inverse = 1.0 / tl.where(scale == 0.0, 1.0, scale)
-    for k in range(0, K, BLOCK_K):
-        offs = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + offs, mask=offs < K, other=0.0).to(tl.float32)
-        codes = tl.clamp(x * inverse, -448.0, 448.0).to(tl.float8e4nv)
-        tl.store(out_ptr + row * K + offs, codes, mask=offs < K)
+    return tl.clamp(x * inverse, -448.0, 448.0).to(tl.float8e4nv)

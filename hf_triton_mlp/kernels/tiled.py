@@ -257,6 +257,19 @@ def combine_splits_kernel(
 
 
 @triton.jit
+def load_activated(up_ptr, gate_ptr, b_ptr, gate_b_ptr, offs, mask, ACTIVATION: tl.constexpr):
+    """act(gate) * up, or act(up) without a gate, after the biases, at `offs` of a row, in its
+    dtype."""
+    y = load_columns(up_ptr, offs, mask) + load_columns(b_ptr, offs, mask)
+    if gate_ptr is not None:
+        gate = load_columns(gate_ptr, offs, mask) + load_columns(gate_b_ptr, offs, mask)
+        y = activate(gate, ACTIVATION, up_ptr.dtype.element_ty == tl.float32) * y
+    else:
+        y = activate(y, ACTIVATION, up_ptr.dtype.element_ty == tl.float32)
+    return y.to(up_ptr.dtype.element_ty)
+
+
+@triton.jit
 def activation_kernel(
     up_ptr,
     gate_ptr,
@@ -276,11 +289,7 @@ def activation_kernel(
     offs = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = offs < N
     up_ptr += row * stride_up
-    y = load_columns(up_ptr, offs, mask) + load_columns(b_ptr, offs, mask)
     if gate_ptr is not None:
-        gate = load_columns(gate_ptr + row * stride_gate, offs, mask)
-        gate += load_columns(gate_b_ptr, offs, mask)
-        y = activate(gate, ACTIVATION, up_ptr.dtype.element_ty == tl.float32) * y
-    else:
-        y = activate(y, ACTIVATION, up_ptr.dtype.element_ty == tl.float32)
-    tl.store(up_ptr + offs, y.to(up_ptr.dtype.element_ty), mask=mask)
+        gate_ptr += row * stride_gate
+    y = load_activated(up_ptr, gate_ptr, b_ptr, gate_b_ptr, offs, mask, ACTIVATION)
+    tl.store(up_ptr + offs, y, mask=mask)
