@@ -9,6 +9,7 @@ from triton.knobs import runtime
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hf_triton_mlp.driver import relauncher
+from hf_triton_mlp.kernels.activations import SPARSE
 from hf_triton_mlp.launchers import (
     NO_SUMMANDS,
     BranchNorm,
@@ -157,9 +158,8 @@ class BoundMLP:
             joined = Summands(x, r)  # whatever joins is laid out as these are
             up_plan = plan_linear(M, up[0], gated=gate[0] is not None, dtype=x.dtype)
             up_plan = executable(up_plan, x, up[0], gate[0], joined)
-            down_plan = executable(
-                plan_linear(M, down[0], dtype=x.dtype), hidden, down[0], None, joined
-            )
+            down_plan = plan_linear(M, down[0], dtype=x.dtype, sparse=activation in SPARSE)
+            down_plan = executable(down_plan, hidden, down[0], None, joined)
             if "library" in (up_plan.kernel, down_plan.kernel):
 
                 def by_library(x: Tensor, r: Tensor | None, u: Tensor | None) -> Tensor:

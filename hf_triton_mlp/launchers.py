@@ -30,9 +30,11 @@ from hf_triton_mlp.kernels import (
     quantized_tiled_kernel,
     residual_add_kernel,
     skinny_linear_kernel,
+    sparse_linear_kernel,
     stream_linear_kernel,
     tiled_linear_kernel,
 )
+from hf_triton_mlp.kernels.activations import SPARSE
 from hf_triton_mlp.quantization import QuantizedWeight, Weight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
@@ -227,18 +229,19 @@ def linear(
     summands: Summands = NO_SUMMANDS,
     plan: Plan | None = None,
     waited: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
     """act(norm(x)·weightᵀ + bias) [gated] + summands for rows x (tokens, K), contiguous.
 
     One launch, or one more for a norm that the plan's kernel does not fuse, and one more when K
     is split.
     waited: whoever wrote the weights is done: the launch before this one is ours, say, and has
-    itself waited.
+    itself waited. sparse: as for `plan_linear`.
     """
     M, N = x.shape[0], weight.shape[0]
     if M == 0:
         return x.new_empty((0, N))
-    plan = plan or plan_linear(M, weight, gated=gate[0] is not None, dtype=x.dtype)
+    plan = plan or plan_linear(M, weight, gated=gate[0] is not None, dtype=x.dtype, sparse=sparse)
     if isinstance(weight, QuantizedWeight):  # what takes the place of a plan may fuse no norm
         plan = executable(plan, x, weight, gate[0], summands)
     if norm is not None and not plan.fuses_norm:
@@ -280,7 +283,10 @@ def mlp(
     hidden = linear(
         x, w.up, w.up_bias, gate=gate, activation=activation, plan=plans[0], waited=waited
     )
-    return linear(hidden, w.down, w.down_bias, summands=summands, plan=plans[1], waited=True)
+    return linear(
+        hidden, w.down, w.down_bias, summands=summands, plan=plans[1], waited=True,
+        sparse=activation in SPARSE,
+    )  # fmt: skip
 
 
 def normed_mlp(
@@ -306,7 +312,8 @@ def normed_mlp(
         x = scaled_add(residual, x, bias, branch_scale)
         residual, bias, early = None, None, True
     up_plan = plans[0] or plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
-    down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype)
+    sparse = activation in SPARSE
+    down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype, sparse=sparse)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
     in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
     in_place = in_place and not multiplies_fp8(w.down, x.shape[0], x.dtype)
@@ -366,7 +373,8 @@ def branch_normed_mlp(
     """
     w = weights
     up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
-    down_plan = plan_linear(x.shape[0], w.down, dtype=x.dtype)
+    sparse = activation in SPARSE
+    down_plan = plan_linear(x.shape[0], w.down, dtype=x.dtype, sparse=sparse)
     total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
     normed = None if norm is None else torch.empty_like(total)
     attention_norm = BranchNorm(
@@ -567,10 +575,20 @@ def multiply_slabs(
 
 
 def plan_linear(
-    M: int, weight: Weight, *, gated: bool = False, dtype: torch.dtype | None = None
+    M: int,
+    weight: Weight,
+    *,
+    gated: bool = False,
+    dtype: torch.dtype | None = None,
+    sparse: bool = False,
 ) -> Plan:
-    """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's."""
-    linear, (name, capability) = linear_of(M, weight, gated, dtype), gpu(weight.device.index)
+    """How M rows times weight (N, K) run on its device; dtype: of the rows, if not the weight's.
+
+    sparse: many values of the rows are 0. Weights that are stored (in, out) are only read where
+    something else multiplies them then.
+    """
+    linear = linear_of(M, weight, gated, dtype, sparse)
+    name, capability = gpu(weight.device.index)
     if multiplies_fp8(weight, M, linear.dtype):  # plans are of rows that stay 16 bits
         return Plan(kernel="library", pdl=capability >= tuning.PDL_CAPABILITY)
     return tuning.plan(linear, name, capability)
@@ -587,7 +605,10 @@ def executable(
         linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
         return tuning.choose_quantized_tiled(linear, plan.pdl)
     assert not isinstance(gate, QuantizedWeight)
-    if plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
+    if plan.kernel == "sparse":
+        if weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0:
+            return plan
+    elif plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
         return plan
     linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
     return tuning.choose(linear, gpu(weight.device.index)[1])
@@ -601,14 +622,17 @@ def in_vectors(weight: Weight | None) -> bool:
     return codes.stride(0) * codes.itemsize % 16 == 0 and codes.data_ptr() % 16 == 0
 
 
-def linear_of(M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None) -> Linear:
+def linear_of(
+    M: int, weight: Weight, gated: bool, dtype: torch.dtype | None = None, sparse: bool = False
+) -> Linear:
     N, K = weight.shape
     if isinstance(weight, QuantizedWeight):
         whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
         group = 0 if whole_rows else weight.group_size
         found = weight.format, group, weight.zeros is not None
         return Linear(M, N, K, dtype or torch.float16, True, gated, *found)
-    return Linear(M, N, K, weight.dtype, weight.stride(1) == 1, gated)
+    by_output = weight.stride(1) == 1
+    return Linear(M, N, K, weight.dtype, by_output, gated, sparse=sparse and not by_output)
 
 
 def linear_launch(
@@ -700,6 +724,25 @@ def linear_launch(
         )
         grid = (programs, 1, 1)
         return Launch(stream_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
+    if plan.kernel == "sparse":
+        assert norm is None and bias is None and activation is None and gate_weight is None
+        chunk = triton.next_power_of_2(-(-K // plan.splits))
+        # A thread loads 8 values of 16 bits at a time.
+        lanes = max(1, 32 * plan.num_warps // (plan.block_n // 8))
+        constants = (
+            plan.block_m,
+            plan.block_n,
+            plan.block_k,
+            chunk,
+            plan.num_stages,
+            plan.splits,
+            lanes,
+            plan.pdl,
+        )
+        return Launch(
+            sparse_linear_kernel, (blocks * plan.splits, 1, 1), (x, out, weight),
+            (M, N, K, x.stride(0), weight.stride(1)), constants, plan.num_warps, 1, plan.pdl,
+        )  # fmt: skip
     if plan.kernel == "persistent":
         tile = plan.block_m, plan.block_n, plan.block_k
         # 32 results of each thread at a time, so that their epilogue fits its registers.

@@ -40,8 +40,10 @@ from hf_triton_mlp.reading import (
     read_place,
     read_projection,
     split_packed,
+    store_as_before,
     store_by_input,
     store_by_output,
+    store_for_zeros,
 )
 
 Projections: TypeAlias = tuple[nn.Module, nn.Module | None, nn.Module]
@@ -351,6 +353,8 @@ class TritonMLP(StandIn):
     def release(self) -> None:
         """Undo `adopt`."""
         assert self.original_class is not None
+        if self.density is not None and self.projection_names is not None:
+            store_as_before(self.get_submodule(self.projection_names[2] or ""))
         store_by_input(self, self._stored_by_output)
         for name in (
             "mlp_config",
@@ -358,6 +362,7 @@ class TritonMLP(StandIn):
             "proving",
             "verified",
             "originals",
+            "density",
             "projection_names",
             "packed",
             "_gelu_gemm",
@@ -369,6 +374,12 @@ class TritonMLP(StandIn):
             delattr(self, name)
         change_class(self, self.original_class)
 
+    def skip_zeros(self, down: nn.Module, density: float) -> None:
+        """Store the down projection so that what zeros multiply need not be read, if that is
+        possible; density: what part of them is something else."""
+        if store_for_zeros(down):
+            self.density = density
+
     def _configure(self, config: MLPConfig, norm_class: type[nn.Module] | None = None) -> None:
         self.mlp_config = config  # `config` is the model's, in most families' MLPs
         # Torch has no class for some: a norm whose family names none is called, never read.
@@ -379,6 +390,8 @@ class TritonMLP(StandIn):
         self.verified = False
         #: The projections in whose places patch_model put quantized ones, by path; None: not kept.
         self.originals: dict[str, nn.Module | None] = {}
+        #: What part of the hidden values is not 0, where the others are skipped.
+        self.density: float | None = None
         self._bound: BoundParts | None = None
         self._adopted: dict[str, type] = {}
         self._stored_by_output: list[str] = []

@@ -12,8 +12,10 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_triton_mlp import decoding, proof, structure
-from hf_triton_mlp.kernels.activations import ACTIVATIONS
-from hf_triton_mlp.launchers import plan_linear
+from hf_triton_mlp.density import hidden_densities
+from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.kernels.activations import ACTIVATIONS, SPARSE
+from hf_triton_mlp.launchers import linear_of, plan_linear
 from hf_triton_mlp.layers import (
     by_structure,
     decoder_layers,
@@ -45,9 +47,10 @@ from hf_triton_mlp.reading import (
     read_place,
     read_projection,
     split_packed,
+    store_as_before,
 )
 from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short
-from hf_triton_mlp.tuning import check_capability
+from hf_triton_mlp.tuning import check_capability, pays_to_skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,6 +68,7 @@ class PatchRow:
     meta device, where parts are called, not read, and where there was no memory for a wider copy.
     weights: the format of quantized ones (and of rows that become fp8 too), their bytes as they
     were and as they are; else "".
+    density: what part of the MLP's hidden values was not 0, where those that are get skipped.
     """
 
     layer: str
@@ -75,6 +79,7 @@ class PatchRow:
     verified: str
     reason: str
     weights: str = ""
+    density: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class PatchReport:
         header = ("layer", "replaced", "dtype", "device", "plan", "verified", "reason")
         if any(row.weights for row in self.rows):
             header = (*header[:3], "weights", *header[3:])
+        if any(row.density for row in self.rows):
+            header = (*header[:-2], "density", *header[-2:])
         table = [header, *(tuple(getattr(row, name) for name in header) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
@@ -104,13 +111,14 @@ class _Swap:
     config: MLPConfig
     depth: str
     quantization: QuantizationConfig | None = None
+    density: float | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What layers have in common of which one stands for all."""
         projections = self.spec.projections(self.layer)
         formats = [p.config if isinstance(p, QuantizedLinear) else None for p in projections]
-        return self.spec, self.config, self.quantization, *formats
+        return self.spec, self.config, self.quantization, self.density is None, *formats
 
 
 def patch_model(
@@ -123,6 +131,7 @@ def patch_model(
     cuda_graphs: bool = False,
     quantization: str | QuantizationConfig | None = None,
     keep_originals: bool = False,
+    sparsity: str = "auto",
 ) -> Model:
     """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
 
@@ -139,6 +148,10 @@ def patch_model(
     is then as one that was loaded with a TritonMLPConfig. verify compares with what the quantized
     weights stand for; where rows become fp8 too, with rows that are rounded alike.
     keep_originals: keep what is quantized on the CPU, so that unpatch_model can put it back.
+    sparsity: "auto": where the activation is ReLU or its square, exact zeros are not multiplied in
+    decode steps, and the weights that they would multiply not read, in those layers where that is
+    faster: the model computes a few random tokens first, and tells how many values are zeros. Their
+    down projections lie in memory as (in, out) then, as they do not with "off".
 
     Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
     Every layer is checked before any is replaced, so that an error leaves the model as it was;
@@ -154,6 +167,8 @@ def patch_model(
     config = None if quantization is None else quantization_of(quantization)
     if depth not in ("layer", "mlp"):
         raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
+    if sparsity not in ("auto", "off"):
+        raise ValueError(f'sparsity must be "auto" or "off", found {sparsity!r}')
     if cuda_graphs:
         decoding.generating(model)  # or an error, before anything is replaced
     found = supported_layers(model, search=verify)
@@ -170,6 +185,8 @@ def patch_model(
         for name, layer, spec in chosen
         if not _is_patched(name, layer, spec, depth)
     ]
+    if sparsity == "auto" and config is None:
+        swaps = _skipping_zeros(model, swaps)
     verified = _verify(swaps) if verify else set()
     proven = [swap for swap in swaps if swap.name in verified or not by_structure(swap.spec)]
     if not proven and len(swaps) == len(chosen):
@@ -551,6 +568,32 @@ def _prove(swap: _Swap) -> bool:
     return True
 
 
+def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
+    """The swaps, with the densities of those whose zeros it pays to skip."""
+
+    def pays(swap: _Swap, density: float) -> bool:
+        """On a GPU, for one row."""
+        down = swap.spec.projections(swap.layer)[2]
+        read = read_projection(down)
+        if read is None or isinstance(down, QuantizedLinear):
+            return False
+        on_gpu = read[0].is_cuda or (INTERPRETED and read[0].device.type == "cpu")
+        return on_gpu and pays_to_skip(linear_of(1, read[0], False), density)
+
+    could = {
+        swap.name: swap.spec.projections(swap.layer)[2]
+        for swap in swaps
+        if swap.config.activation in SPARSE and pays(swap, 0.0)
+    }
+    found = hidden_densities(model, could) if could else {}
+    return [
+        replace(swap, density=found[swap.name])
+        if swap.name in found and pays(swap, found[swap.name])
+        else swap
+        for swap in swaps
+    ]
+
+
 # --- replace, and the way back ----------------------------------------------------------------
 
 
@@ -560,6 +603,8 @@ def _install(swap: _Swap) -> TritonMLP:
         activation = _get(layer, spec.activation)
         mlp = TritonMLP.inline(swap.config, activation, _norm_class(spec))
         layer.add_module("mlp", mlp.train(layer.training))
+        if swap.density is not None:
+            mlp.skip_zeros(spec.projections(layer)[2], swap.density)
     else:
         mlp = _adopt(swap, layer.get_submodule(spec.mlp))
     if swap.depth == "layer":
@@ -577,6 +622,8 @@ def _adopt(swap: _Swap, mlp: Any) -> TritonMLP:
     stand_in(kind, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
     if isinstance(mlp, structure.FoundMLP):
         mlp.spec = spec
+    if swap.density is not None:
+        mlp.skip_zeros(mlp.get_submodule(spec.down), swap.density)
     return mlp
 
 
@@ -586,6 +633,8 @@ def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
         return
     _restore(spec.owner(layer), mlp.originals)
     if spec.mlp is None:
+        if mlp.density is not None:
+            store_as_before(spec.projections(layer)[2])
         delattr(layer, "mlp")
     else:
         mlp.release()
@@ -692,9 +741,11 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         weight, _ = split_packed(spec.packed, weight)
     rows_dtype = None if place is None else place[0]
     up_plan = plan_linear(1, weight, gated=mlp.mlp_config.gated, dtype=rows_dtype)
-    down_plan = plan_linear(1, (read_projection(down) or read)[0], dtype=rows_dtype)
+    sparse = mlp.mlp_config.activation in SPARSE
+    down_plan = plan_linear(1, (read_projection(down) or read)[0], dtype=rows_dtype, sparse=sparse)
     plan = f"decode: {up_plan}; {down_plan}"
-    return PatchRow(name, replaced, dtype, device, plan, verified, "", weights)
+    density = "" if mlp.density is None else f"{100 * mlp.density:.1f} %"
+    return PatchRow(name, replaced, dtype, device, plan, verified, "", weights, density)
 
 
 def _quantized_bytes(projections: Iterable[nn.Module | None]) -> str:

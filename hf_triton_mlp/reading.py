@@ -168,6 +168,33 @@ def store_by_output(module: nn.Module, names: Iterable[str]) -> list[str]:
     return stored
 
 
+def store_for_zeros(linear: nn.Module) -> bool:
+    """Give the weight of a plain Linear or Conv1D the strides of (in, out), contiguous, so that
+    what one input is multiplied by lies together; its values and shape stay.
+
+    False, and left as it is: another layer, one that must be called, a weight that shares memory,
+    and one with infinite or NaN values, which multiply even zeros.
+    """
+    if type(linear) not in (nn.Linear, Conv1D) or read_projection(linear) is None:
+        return False
+    weight: Any = linear.weight
+    if weight.untyped_storage().nbytes() != weight.nbytes or not weight.isfinite().all():
+        return False
+    with torch.inference_mode(False):
+        by_input = weight.data if type(linear) is Conv1D else weight.data.t()
+        by_input = by_input.contiguous()
+        weight.data = by_input if type(linear) is Conv1D else by_input.t()
+    return True
+
+
+def store_as_before(linear: nn.Module) -> None:
+    """Undo `store_for_zeros`, if the weight is still there."""
+    weight = linear._parameters.get("weight")
+    if weight is not None and not weight.is_contiguous():
+        with torch.inference_mode(False):
+            weight.data = weight.data.contiguous()
+
+
 def store_by_input(module: nn.Module, names: list[str]) -> None:
     """Undo `store_by_output`, for those that are still there."""
     modules = dict(module.named_modules())

@@ -15,6 +15,7 @@ from hf_triton_mlp.kernels.quantized_tiled import (
     quantized_tiled_kernel,
 )
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
+from hf_triton_mlp.kernels.sparse import sparse_linear_kernel
 from hf_triton_mlp.kernels.stream import stream_linear_kernel
 from hf_triton_mlp.kernels.tiled import (
     activation_kernel,
@@ -44,6 +45,7 @@ __all__ = [
     "quantized_tiled_kernel",
     "residual_add_kernel",
     "skinny_linear_kernel",
+    "sparse_linear_kernel",
     "stream_linear_kernel",
     "tiled_linear_kernel",
 ]

@@ -11,6 +11,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 #: transformers' names; gelu_new and gelu_pytorch_tanh are two names of one formula.
 ACTIVATIONS = ("relu", "gelu", "gelu_new", "gelu_pytorch_tanh", "silu", "relu2", "quick_gelu")
 
+#: Those that give exact zeros for half of the numbers, so that what follows need not be read.
+SPARSE = ("relu", "relu2")
+
 
 @triton.jit
 def sigmoid(x, PRECISE: tl.constexpr):

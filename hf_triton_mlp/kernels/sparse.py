@@ -5,7 +5,25 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hf_triton_mlp.kernels.quantized import multiply
 from hf_triton_mlp.kernels.widen import widen
+
+
+@triton.jit
+def load_rows(x_ptr, k, there, M, stride_x, ROWS: tl.constexpr, MATRIX: tl.constexpr):
+    """Columns k (n,) of the rows: one tensor (ROWS, n), or ROWS of (n,); 0 where not `there`.
+
+    What is beyond the last row is that one again.
+    """
+    if MATRIX:
+        row = tl.minimum(tl.arange(0, ROWS), M - 1)[:, None] * stride_x
+        return (tl.load(x_ptr + row + k[None, :], mask=there[None, :], other=0.0),)
+    else:
+        rows = ()
+        for m in tl.static_range(ROWS):
+            row = tl.minimum(m, M - 1) * stride_x
+            rows += (tl.load(x_ptr + row + k, mask=there, other=0.0),)
+        return rows
 
 
 @triton.jit
@@ -21,25 +39,36 @@ def load_listed(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
-    """Weights (BLOCK_K, BLOCK_N) of what is in the list from `first` on, and ROWS times the values
-    (BLOCK_K,) that multiply them; 0 beyond its end."""
+    """Weights (BLOCK_K, BLOCK_N) of the columns of K that the list has from `first` on, and what
+    multiplies them, by `load_rows`; 0 beyond its end."""
     place = first + tl.arange(0, BLOCK_K)
     there = place < total
-    k = tl.load(list_ptr + place, mask=there, other=0).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)[None, :]
+    k = tl.load(list_ptr + place, mask=there, other=0).to(tl.int32)
+    n = tl.arange(0, BLOCK_N)[None, :]
     w = tl.load(
-        w_ptr + k[:, None] * stride_wk + offs_n,
-        mask=there[:, None] & (offs_n >= 0),
+        w_ptr + k.to(tl.int64)[:, None] * stride_wk + n,
+        mask=there[:, None] & (n >= 0),
         other=0.0,
         eviction_policy="evict_first",
     )
-    tile = (w,)
-    for m in tl.static_range(ROWS):
-        # What is beyond the last row computes that one again, and is not stored.
-        row = x_ptr + tl.minimum(m, M - 1) * stride_x
-        tile += (tl.load(row + k, mask=there, other=0.0),)
-    return tile
+    return w, load_rows(x_ptr, k, there, M, stride_x, ROWS, MATRIX)
+
+
+@triton.jit
+def add_products(sums, w, x, LANES: tl.constexpr, MATRIX: tl.constexpr):
+    """sums + x · w: of a matrix x (ROWS, BLOCK_N), of each of several rows (LANES, BLOCK_N)."""
+    if MATRIX:
+        return (multiply(x[0], w, sums[0]),)
+    else:
+        wide = widen(w)
+        added = ()
+        for m in tl.static_range(len(x)):
+            products = wide * x[m].to(tl.float32)[:, None]
+            products = tl.reshape(products, (w.shape[0] // LANES, LANES, w.shape[1]))
+            added += (sums[m] + tl.sum(products, axis=0),)
+        return added
 
 
 @triton.jit
@@ -61,16 +90,19 @@ def sparse_linear_kernel(
     LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Parts of x · Wᵀ for M <= ROWS rows x (M, K), of which W (N, K) has columns together.
+    """Parts of x · Wᵀ for M <= ROWS rows x (M, K), of a W (N, K) whose columns lie together.
 
     out: float32 (SPLITS, M, N); N is whole blocks of BLOCK_N. Program (block of N, part of CHUNK
-    columns of K). What is 0 in all rows is left out, exactly: that changes no finite sum, and an
-    infinite or NaN weight that only zeros would multiply gives nothing, where 0 times it is NaN.
+    columns of K). What is 0 in all rows is left out, exactly: that changes no sum of finite
+    products. An infinite or NaN weight that only zeros would multiply gives nothing; 0 times it is
+    NaN.
 
     A program lists the columns that are left, in order, where its results will be (so CHUNK <= 2 *
-    BLOCK_N), then reads BLOCK_K of them at a time, STAGES of these on their way. LANES rows of such
-    a tile are in different threads. The order of sums depends on which columns are left, alone.
+    BLOCK_N), then reads BLOCK_K of these at a time, STAGES of them on their way. Up to four rows
+    are multiplied by FMA, LANES columns of a tile in different threads, 16 by the matrix units. How
+    sums are ordered depends on nothing but which columns are left.
     """
+    MATRIX: tl.constexpr = ROWS > 4
     pid_n = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     first_k = split * CHUNK
@@ -81,16 +113,15 @@ def sparse_linear_kernel(
         gdc_launch_dependents()
         gdc_wait()
 
-    offs_k = tl.arange(0, CHUNK)
-    left = tl.zeros((CHUNK,), tl.int32)
-    for m in tl.static_range(ROWS):
-        row = x_ptr + tl.minimum(m, M - 1) * stride_x
-        # NaN is unequal, too.
-        left |= (tl.load(row + offs_k, mask=offs_k < K - first_k, other=0.0) != 0.0).to(tl.int32)
-    place = tl.cumsum(left, 0) - 1
-    total = tl.sum(left, axis=0)
+    k = tl.arange(0, CHUNK)
+    rows = load_rows(x_ptr, k, k < K - first_k, M, stride_x, ROWS, False)
+    left = rows[0] != 0.0
+    for m in tl.static_range(1, ROWS):
+        left = left | (rows[m] != 0.0)  # NaN is unequal, too
+    place = tl.cumsum(left.to(tl.int32), 0) - 1
+    total = tl.sum(left.to(tl.int32), axis=0)
     list_ptr = out_ptr.to(tl.pointer_type(tl.int16))
-    tl.store(list_ptr + place, offs_k.to(tl.int16), mask=left != 0)
+    tl.store(list_ptr + place, k.to(tl.int16), mask=left)
     tl.debug_barrier()
 
     loaded = ()
@@ -98,32 +129,34 @@ def sparse_linear_kernel(
         loaded += (
             load_listed(
                 x_ptr, w_ptr, list_ptr, s * BLOCK_K, total, M, stride_x, stride_wk, ROWS, BLOCK_N,
-                BLOCK_K,
+                BLOCK_K, MATRIX,
             ),
         )  # fmt: skip
     sums = ()
-    for _ in tl.static_range(ROWS):
-        sums += (tl.zeros((LANES, BLOCK_N), tl.float32),)
+    if MATRIX:
+        sums += (tl.zeros((ROWS, BLOCK_N), tl.float32),)
+    else:
+        for _ in tl.static_range(ROWS):
+            sums += (tl.zeros((LANES, BLOCK_N), tl.float32),)
     for first in range(0, total, STAGES * BLOCK_K):
         following = ()
         for s in tl.static_range(STAGES):
-            w = widen(loaded[s][0])
-            added = ()
-            for m in tl.static_range(ROWS):
-                products = w * loaded[s][1 + m].to(tl.float32)[:, None]
-                products = tl.reshape(products, (BLOCK_K // LANES, LANES, BLOCK_N))
-                added += (sums[m] + tl.sum(products, axis=0),)
-            sums = added
+            w, x = loaded[s]
+            sums = add_products(sums, w, x, LANES, MATRIX)
             following += (
                 load_listed(
                     x_ptr, w_ptr, list_ptr, first + (STAGES + s) * BLOCK_K, total, M, stride_x,
-                    stride_wk, ROWS, BLOCK_N, BLOCK_K,
+                    stride_wk, ROWS, BLOCK_N, BLOCK_K, MATRIX,
                 ),
             )  # fmt: skip
         loaded = following
 
-    # The list has been read by all threads.
+    # All threads have read the list.
     tl.debug_barrier()
-    offs_n = tl.arange(0, BLOCK_N)
-    for m in tl.static_range(ROWS):
-        tl.store(out_ptr + m * N + offs_n, tl.sum(sums[m], axis=0), mask=offs_n < (M - m) * BLOCK_N)
+    n = tl.arange(0, BLOCK_N)
+    if MATRIX:
+        row = tl.arange(0, ROWS)[:, None]
+        tl.store(out_ptr + row * N + n[None, :], sums[0], mask=(row < M) & (n >= 0)[None, :])
+    else:
+        for m in tl.static_range(ROWS):
+            tl.store(out_ptr + m * N + n, tl.sum(sums[m], axis=0), mask=n < (M - m) * BLOCK_N)
