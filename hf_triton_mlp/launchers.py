@@ -606,12 +606,25 @@ def executable(
         return tuning.choose_quantized_tiled(linear, plan.pdl)
     assert not isinstance(gate, QuantizedWeight)
     if plan.kernel == "sparse":
-        if weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0:
+        if skippable(plan, weight):
             return plan
     elif plan.kernel != "persistent" or addressable(x, weight, gate, (summands.add, summands.add2)):
         return plan
     linear = linear_of(x.shape[0], weight, gate is not None, x.dtype)
     return tuning.choose(linear, gpu(weight.device.index)[1])
+
+
+def skippable(plan: Plan, weight: Tensor) -> bool:
+    """Whether a plan of "sparse" can read this weight: whole blocks, in vectors of 16 bytes."""
+    N, K = weight.shape
+    in_vectors = weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0
+    whole = N % plan.block_n == 0 and chunk_of(plan, K) <= 2 * plan.block_n
+    return weight.stride(0) == 1 and in_vectors and whole
+
+
+def chunk_of(plan: Plan, K: int) -> int:
+    """How many columns of K a program of "sparse" looks at."""
+    return triton.next_power_of_2(-(-K // plan.splits))
 
 
 def in_vectors(weight: Weight | None) -> bool:
@@ -726,14 +739,13 @@ def linear_launch(
         return Launch(stream_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
     if plan.kernel == "sparse":
         assert norm is None and bias is None and activation is None and gate_weight is None
-        chunk = triton.next_power_of_2(-(-K // plan.splits))
         # A thread loads 8 values of 16 bits at a time.
         lanes = max(1, 32 * plan.num_warps // (plan.block_n // 8))
         constants = (
             plan.block_m,
             plan.block_n,
             plan.block_k,
-            chunk,
+            chunk_of(plan, K),
             plan.num_stages,
             plan.splits,
             lanes,

@@ -577,8 +577,8 @@ def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
         read = read_projection(down)
         if read is None or isinstance(down, QuantizedLinear):
             return False
-        on_gpu = read[0].is_cuda or (INTERPRETED and read[0].device.type == "cpu")
-        return on_gpu and pays_to_skip(linear_of(1, read[0], False), density)
+        with_kernels = read[0].device.type == ("cpu" if INTERPRETED else "cuda")
+        return with_kernels and pays_to_skip(linear_of(1, read[0], False), density)
 
     could = {
         swap.name: swap.spec.projections(swap.layer)[2]
@@ -711,6 +711,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if mlp is None or up is None or down is None:
         reason = f"mixture of experts ({experts})" if experts else "not patched"
         return PatchRow(name, "-", dtype, device, "-", "-", reason, weights)
+    density = "" if mlp.density is None else f"{100 * mlp.density:.1f} %"
     verified = "yes" if mlp.verified else "no"
     if by_structure(spec):
         verified += ", by structure"
@@ -730,13 +731,14 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     ]
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
-        return PatchRow(name, replaced, dtype, device, "PyTorch", verified, reason, weights)
+        plan = "PyTorch"
+        return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights, density)
     weight = read[0]
     if weight.device.type != "cuda":
         plan, reason = "PyTorch", ""
         if weight.device.type == "meta":
             plan, reason = "-", "waits for weights"
-        return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights)
+        return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights, density)
     if spec.packed is not None:
         weight, _ = split_packed(spec.packed, weight)
     rows_dtype = None if place is None else place[0]
@@ -744,7 +746,6 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     sparse = mlp.mlp_config.activation in SPARSE
     down_plan = plan_linear(1, (read_projection(down) or read)[0], dtype=rows_dtype, sparse=sparse)
     plan = f"decode: {up_plan}; {down_plan}"
-    density = "" if mlp.density is None else f"{100 * mlp.density:.1f} %"
     return PatchRow(name, replaced, dtype, device, plan, verified, "", weights, density)
 
 

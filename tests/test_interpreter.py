@@ -23,6 +23,7 @@ from hf_triton_mlp.kernels import INTERPRETED
         "test_step_ops.py",
         "test_quantized_kernels.py",
         "test_quantized_row.py",
+        "test_sparse.py",
     ],
 )
 def test_kernels_under_the_interpreter(file: str) -> None:

@@ -104,13 +104,47 @@ def test_decode_needs_few_launches() -> None:
         ({"block_k": 64.0}, 1, "block_k must be a power of two, found 64.0"),
         ({"num_warps": 0}, 1, "num_warps must be a power of two, found 0"),
         ({"lines": -1}, 1, "lines must be from 0 to 1024, found -1"),
-        ({"splits": 64}, 1, "splits must be from 1 to 32, found 64"),
+        ({"splits": 65}, 1, "splits must be from 1 to 64, found 65"),
+        ({"kernel": "sparse", "block_m": 8, "splits": 2}, 8, "'sparse' has 1, 2, 4 or 16 rows"),
+        ({"kernel": "sparse", "block_m": 4}, 4, "and splits, found sparse"),
+        ({"kernel": "sparse", "block_m": 4, "splits": 2}, 5, "'sparse' is no kernel for 5 rows"),
         ({"pdl": 1}, 1, "pdl must be true or false, found 1"),
     ],
 )
 def test_a_plan_that_cannot_run(change: dict[str, Any], rows: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         replace(A_PLAN, **change).check(rows, HALF)
+
+
+@pytest.mark.parametrize(
+    ("N", "K"), [(768, 3072), (2048, 8192), (4096, 16384), (7168, 28672), (9216, 36864), (256, 300)]
+)
+def test_plans_that_skip_zeros(N: int, K: int) -> None:
+    for M in range(1, 18):
+        linear = Linear(M, N, K, HALF, k_contiguous=False, sparse=True)
+        plan = choose(linear, HOPPER)
+        assert (plan.kernel == "sparse") == (M <= 16)
+        for other in (
+            linear._replace(sparse=False),
+            linear._replace(dtype=torch.float32),
+            linear._replace(N=N + 8),
+        ):
+            assert choose(other, HOPPER).kernel != "sparse"
+        if M <= 16:
+            plan.check(M, HALF)
+            weight = torch.empty((K, N), dtype=HALF, device="meta").t()
+            assert launchers.skippable(plan, weight)
+            assert launchers.chunk_of(plan, K) * (plan.splits - 1) < K
+            assert " sparse " in linear.key
+
+
+def test_when_it_pays_to_skip_zeros() -> None:
+    """Not for small weights, nor for few zeros."""
+    for N, K, most in ((768, 3072, 0.0), (2048, 8192, 0.11), (4096, 16384, 0.78)):
+        linear = Linear(1, N, K, HALF)
+        assert not tuning.pays_to_skip(linear, 1.0)
+        assert not tuning.pays_to_skip(linear, most + 0.01)
+        assert most == 0.0 or tuning.pays_to_skip(linear, most - 0.01)
 
 
 @pytest.mark.parametrize("kernel", ["stream", "decode"])
