@@ -33,6 +33,7 @@ from hf_triton_mlp.bench import fill, new_run, versions
 from hf_triton_mlp.capture import CACHE, captures_of
 from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.measure import ceilings
+from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import patch_model
 from hf_triton_mlp.peers import OURS
 
@@ -46,6 +47,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "num_attention_heads": 32,
         "word_embed_proj_dim": 2048,
+    },
+    "opt-6.7b": {
+        "model_type": "opt",
+        "hidden_size": 4096,
+        "ffn_dim": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "word_embed_proj_dim": 4096,
     },
     "bloom-7b1": {"model_type": "bloom", "hidden_size": 4096, "n_layer": 30, "n_head": 32},
     "llama-3.1-8b": {
@@ -94,6 +103,10 @@ WAYS = {
 }
 
 
+#: Ours, where zeros are not skipped.
+DENSE = f"{OURS} dense"
+
+
 def quantized_way(quantization: str) -> tuple[str, Way]:
     """Ours with weights of a format that patch_model knows, by name."""
     return f"{OURS} {quantization}", Way({"cuda_graphs": True, "quantization": quantization})
@@ -109,6 +122,7 @@ def bench_generate(
     device: torch.device,
     compiled: bool = True,
     quantizations: Sequence[str] = (),
+    zeros: float | None = None,
     rounds: int = 5,
     seconds: float = math.inf,
     kept: dict[str, Any] | None = None,
@@ -119,7 +133,8 @@ def bench_generate(
 
     compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
     not compile, and they are left out. quantizations: formats of weights, each for a contender of
-    ours more. rounds: at least two. The rest is as for `bench_mlp`.
+    ours more. zeros: what part of the hidden values `load` makes 0, for a contender more that does
+    not skip them. rounds: at least two. The rest is as for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
@@ -138,6 +153,9 @@ def bench_generate(
     if quantizations:
         record["quantization"] = ", ".join(quantizations)
         ways.update(map(quantized_way, quantizations))
+    if zeros is not None:
+        record["zeros"] = str(zeros)  # a setting, which records must share
+        ways[DENSE] = Way({"cuda_graphs": True, "sparsity": "off"})
     model: Any = None
     held = None
 
@@ -179,12 +197,24 @@ def cells(
     return [dict(zip(keys, each, strict=True)) for each in values]
 
 
-def random_model(name: str, dtype: str, device: torch.device) -> Any:
-    """A model of `MODELS` with random weights."""
+def random_model(name: str, dtype: str, device: torch.device, zeros: float | None = None) -> Any:
+    """A model of `MODELS` with random weights.
+
+    zeros: of OPT, what part of the hidden values ReLU makes 0, about, by the bias in front of it.
+    """
     torch.manual_seed(0)
     config = AutoConfig.for_model(**MODELS[name])
+    if zeros is not None and config.model_type != "opt":
+        raise ValueError(
+            f"{name} has no ReLU, whose zeros --zeros is for; opt-1.3b and opt-6.7b do"
+        )
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    if zeros is not None:
+        # What a norm gives has mean square 1, so products are as the weights' rows are long.
+        place = statistics.NormalDist().inv_cdf(min(max(zeros, 1e-6), 1 - 1e-6))
+        for layer in model.model.decoder.layers:
+            nn.init.constant_(layer.fc1.bias, -place * config.init_std * config.hidden_size**0.5)
     return model.eval()
 
 
@@ -314,8 +344,8 @@ def _cell(
 ) -> dict[str, Any]:
     new, sampled = place["new_tokens"], place["sampled"]
     prompt = _prompt(model, place)
-    per_step = bytes_per_step(model, place)
-    limit_ms = None if read_tb_s is None else sum(per_step.values()) / read_tb_s / 1e9
+    of_model = bytes_per_step(model, place)
+    limit_ms = None if read_tb_s is None else sum(of_model.values()) / read_tb_s / 1e9
     torch._dynamo.reset()
     _free()
     found: dict[str, dict[str, Any]] = {}
@@ -361,12 +391,15 @@ def _cell(
     quantized = [name for name in times if "quantization" in (ways[name].patch or {})]
     for name in times:
         limit = limit_ms
-        if name in quantized:
-            found[name]["bytes_per_step"] = bytes_per_step(contenders[name].model, place)
+        skipped = skipped_bytes(contenders[name].model) if place["batch"] == 1 else 0
+        if name in quantized or skipped:
+            per_step = bytes_per_step(contenders[name].model, place)
+            per_step["weights"] -= skipped
+            found[name]["bytes_per_step"] = per_step
             if read_tb_s is not None:
-                limit = sum(found[name]["bytes_per_step"].values()) / read_tb_s / 1e9
+                limit = sum(per_step.values()) / read_tb_s / 1e9
         found[name].update(_figures(times, name, place, limit))
-    others = [name for name in times if name != OURS and name not in quantized]
+    others = [name for name in times if name not in (OURS, DENSE, *quantized)]
     best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
     speedup = None
     if OURS in times and best is not None:
@@ -384,7 +417,7 @@ def _cell(
                 found[name].update(_compare(margins, prompt, texts[EAGER], texts[name]))
     return {
         "contenders": found,
-        "bytes_per_step": per_step,
+        "bytes_per_step": of_model,
         "limit_ms": None if limit_ms is None else round(limit_ms, 4),
         "logits_error": _unless_full(judge.logits_errors, prompt[:1]),
         "error_against": judge.against,
@@ -407,6 +440,17 @@ def _details(contender: Contender, prompt: Tensor, new: int) -> dict[str, Any]:
         details["capture_s"] = round(captures.seconds, 3)
         details["graphs"] = str(captures)
     return details
+
+
+def skipped_bytes(model: Any) -> int:
+    """What a step of one text need not read, by the densities that patching measured."""
+    return sum(
+        round((1 - module.density) * config.hidden_size * config.intermediate_size)
+        * model.dtype.itemsize
+        for module in model.modules()
+        if isinstance(module, TritonMLP) and module.density is not None
+        for config in (module.mlp_config,)
+    )
 
 
 def bytes_per_step(model: Any, place: dict[str, Any]) -> dict[str, int]:

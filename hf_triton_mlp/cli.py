@@ -27,6 +27,7 @@ from hf_triton_mlp import (
     bench,
     bench_generate,
     bench_quantized,
+    bench_sparse,
     quality,
     support,
     tuning,
@@ -362,6 +363,41 @@ def bench_quantized_(
             console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
 
 
+@benchmarks.command("sparse")
+def bench_sparse_(
+    case: Annotated[list[str] | None, typer.Option(help="one of them; may be repeated")] = None,
+    zeros: Annotated[
+        list[float] | None, typer.Option(min=0, max=0.999, help="their part; may be repeated")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, max=16, help="may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+    seconds: Seconds = math.inf,
+    output: Record = None,
+) -> None:
+    """Time one layer's residual + norm + ReLU MLP + residual, dense and with zeros skipped."""
+    with _errors_in_one_line():
+        _known("case", case, bench_sparse.SHAPES)
+        _known("dtype", [dtype], DTYPES[1:])
+        _need_folders(output)
+        kept = bench.read(output) if output is not None and output.exists() else None
+        _need_gpu()
+        with _bar() as show:
+            record = bench_sparse.bench_sparse(
+                tuple(case or bench_sparse.SHAPES),
+                tuple(zeros or bench_sparse.ZEROS),
+                tuple(rows or bench_sparse.ROWS),
+                dtype,
+                seconds=seconds,
+                kept=kept,
+                progress=show,
+                save=lambda record: None if output is None else bench.write_lines(record, output),
+            )
+        for table in bench_sparse.tables(record):
+            console.print(table)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
+
+
 @benchmarks.command("generate")
 def bench_generate_(
     models: Annotated[
@@ -394,6 +430,15 @@ def bench_generate_(
     quantization: Annotated[
         list[str] | None, typer.Option(help="int8, int4 or fp8: a contender more; may be repeated")
     ] = None,
+    zeros: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=0.999,
+            help="random weights, of a ReLU model: so many hidden values are 0; a contender more, "
+            "which skips none",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="calls of each contender")] = 5,
     seconds: Seconds = math.inf,
     output: Record = None,
@@ -412,7 +457,9 @@ def bench_generate_(
 
         def load(name: str, dtype: str) -> Any:
             if name in bench_generate.MODELS:
-                return bench_generate.random_model(name, dtype, where)
+                return bench_generate.random_model(name, dtype, where, zeros)
+            if zeros is not None:
+                raise ValueError(f"--zeros is for random weights, and {name} has its own")
             model = _loaded(transformers.AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
             return model.to(where).eval()
 
@@ -426,6 +473,7 @@ def bench_generate_(
                 device=where,
                 compiled=compiled,
                 quantizations=quantization or (),
+                zeros=zeros,
                 rounds=rounds,
                 seconds=seconds,
                 kept=kept,
