@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from hf_triton_mlp import bench, bench_generate, decoding, patch_model
 from hf_triton_mlp.bench_generate import COMPILED, EAGER, MODELS, OURS, OURS_EAGER, WAYS, Way
 from hf_triton_mlp.cli import app
+from hf_triton_mlp.density import hidden_densities
 
 ROOT = Path(__file__).parents[1]
 RECORD = ROOT / "benchmarks/results/bench-generate-h100.json"
@@ -258,13 +259,19 @@ def test_twins_share_weights() -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("gpt2", 124), ("opt-1.3b", 1315), ("bloom-7b1", 7069), ("llama-3.1-8b", 8030)],
+    [
+        ("gpt2", 124),
+        ("opt-1.3b", 1315),
+        ("opt-6.7b", 6658),
+        ("bloom-7b1", 7069),
+        ("llama-3.1-8b", 8030),
+    ],
 )
 def test_published_configurations(name: str, millions: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**MODELS[name]))
     assert sum(weight.numel() for weight in model.parameters()) // 1_000_000 == millions
-    assert len(MODELS) == 4
+    assert len(MODELS) == 5
 
 
 def test_random_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +281,25 @@ def test_random_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.dtype == torch.bfloat16 and not model.training
     weight = model.transformer.h[0].mlp.c_fc.weight
     assert weight.std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.95])
+def test_random_model_with_zeros(zeros: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"hidden_size": 256, "ffn_dim": 512, "word_embed_proj_dim": 256, "vocab_size": 97}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    monkeypatch.setitem(MODELS, "small", {"model_type": "opt", **sizes})
+    model = bench_generate.random_model("small", "float32", torch.device("cpu"), zeros)
+    downs = {str(i): layer.fc2 for i, layer in enumerate(model.model.decoder.layers)}
+    found = hidden_densities(model, downs)
+    assert len(found) == 2
+    assert all(each == pytest.approx(1 - zeros, abs=0.02) for each in found.values())
+    result = run("small", "--zeros", zeros, "--rounds", 2, "--new-tokens", 3, "--device", "cpu")
+    assert result.exit_code == 0 and "hf_triton_mlp dense" in " ".join(result.output.split())
+
+
+def test_zeros_of_models_without() -> None:
+    result = run("gpt2", "--zeros", 0.9, "--device", "cpu")
+    assert result.exit_code == 2 and "gpt2 has no ReLU" in " ".join(result.output.split())
 
 
 def test_readme_says_whether_there_is_a_record() -> None:

@@ -236,6 +236,24 @@ def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
         check_compiles(call, (9, 0), tmp_path)
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("N", [768, 4096])
+def test_what_skips_zeros_compiles(
+    N: int, tokens: int, dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path
+) -> None:
+    weight = torch.empty((4 * N, N), dtype=dtype, device="meta").t()
+    x, out = (torch.empty((tokens, size), dtype=dtype, device="meta") for size in (4 * N, N))
+    plan = choose(launchers.linear_of(tokens, weight, False, dtype, True), capability)
+    parts = launchers.split_parts(plan, out, gated=False)
+    rest = (x, weight, None, (None, None), None, None, NO_SUMMANDS, out, True, parts)
+    first, second = launchers.split_launches(plan, *rest)
+    assert plan.kernel == "sparse"
+    for call in (first, second):
+        check_compiles(call, capability, tmp_path)
+
+
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("hidden", [2048, 3584, 5376, 16384])
