@@ -68,9 +68,9 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-#: What takes as long to read, in bytes, as it takes to find out what need not be read, on an H100:
-#: a layer half of bloom-7b1's size took 9.5 µs more than the weights that are left.
-SPARSE_BYTES = 30_000_000
+#: So many bytes not read pay for finding out what need not be: on an H100 that takes as long as 30
+#: MB, for opt-6.7b 9.5 µs; rather more, since several texts have fewer zeros in common.
+SPARSE_BYTES = 40_000_000
 
 KERNELS = (
     "skinny",
@@ -168,8 +168,8 @@ class Plan:
             raise ValueError("'quantized_row' has blocks of 2 rows or more")
         if self.kernel not in KERNELS or not fewest <= M <= most:
             raise ValueError(f"{self.kernel!r} is no kernel for {M} rows of {dtype}")
-        if self.kernel == "sparse" and (self.block_m not in (1, 2, 4, 16) or self.splits == 1):
-            raise ValueError(f"'sparse' has 1, 2, 4 or 16 rows, and splits, found {self}")
+        if self.kernel == "sparse" and (self.block_m not in (1, DECODE_ROWS) or self.splits == 1):
+            raise ValueError(f"'sparse' has 1 or {DECODE_ROWS} rows, and splits, found {self}")
         if self.kernel == "stream":
             # What a warp multiplies at once: 8 rows, 8 columns, 32 deep.
             least_of = {"block_m": 8, "block_n": 8, "block_k": 32 * self.num_warps}
@@ -291,9 +291,10 @@ def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
 
 def skips_zeros(linear: Linear) -> bool:
     """Whether "sparse" can compute this, if W is stored (in, out)."""
-    whole = linear.N % _sparse_block(linear.N) == 0 and linear.format is None and not linear.gated
-    parts = -(-linear.K // _sparse_chunk(linear))
-    return whole and parts <= 64 and linear.M <= DECODE_ROWS and linear.dtype != torch.float32
+    block, chunk = _sparse_tile(linear)
+    whole = linear.N % block == 0 and linear.format is None and not linear.gated
+    few = linear.M <= DECODE_ROWS and -(-linear.K // chunk) <= 64
+    return whole and few and linear.dtype != torch.float32
 
 
 def pays_to_skip(linear: Linear, density: float) -> bool:
@@ -302,24 +303,24 @@ def pays_to_skip(linear: Linear, density: float) -> bool:
     return skips_zeros(linear) and (1 - density) * weights > SPARSE_BYTES
 
 
-def _sparse_block(N: int) -> int:
-    return 512 if N % 512 == 0 else 256
-
-
-def _sparse_chunk(linear: Linear) -> int:
-    """Columns of K of a program: few, so that there are many, but a list of them has its place."""
-    chunk = triton.next_power_of_2(-(-linear.K // 32))
-    return min(max(chunk, 256), 2 * _sparse_block(linear.N))
+def _sparse_tile(linear: Linear) -> tuple[int, int]:
+    """Columns of N and of K of a program: few, so that there are many programs, but a list of its
+    columns of K has its place where its results will be."""
+    wide = linear.N % 512 == 0 and (linear.M == 1 or linear.K > 64 * 512)
+    block = 512 if wide else 256
+    chunk = max(triton.next_power_of_2(-(-linear.K // 32)), 256)
+    return block, min(chunk, 2 * block)
 
 
 def _choose_sparse(linear: Linear, pdl: bool) -> Plan:
-    rows = triton.next_power_of_2(linear.M)
+    (block, chunk), one = _sparse_tile(linear), linear.M == 1
     return Plan(
         kernel="sparse",
-        block_m=rows if rows <= SKINNY_ROWS else DECODE_ROWS,
-        block_n=_sparse_block(linear.N),
-        block_k=32 if rows == 1 else 16,
-        splits=max(-(-linear.K // _sparse_chunk(linear)), 2),
+        block_m=1 if one else DECODE_ROWS,
+        block_n=block,
+        block_k=32 if one else 16,
+        num_stages=1 if one else 2,
+        splits=max(-(-linear.K // chunk), 2),
         pdl=pdl,
     )
 

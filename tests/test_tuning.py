@@ -105,9 +105,9 @@ def test_decode_needs_few_launches() -> None:
         ({"num_warps": 0}, 1, "num_warps must be a power of two, found 0"),
         ({"lines": -1}, 1, "lines must be from 0 to 1024, found -1"),
         ({"splits": 65}, 1, "splits must be from 1 to 64, found 65"),
-        ({"kernel": "sparse", "block_m": 8, "splits": 2}, 8, "'sparse' has 1, 2, 4 or 16 rows"),
-        ({"kernel": "sparse", "block_m": 4}, 4, "and splits, found sparse"),
-        ({"kernel": "sparse", "block_m": 4, "splits": 2}, 5, "'sparse' is no kernel for 5 rows"),
+        ({"kernel": "sparse", "block_m": 8, "splits": 2}, 8, "'sparse' has 1 or 16 rows"),
+        ({"kernel": "sparse", "block_m": 16}, 4, "and splits, found sparse"),
+        ({"kernel": "sparse", "splits": 2}, 2, "'sparse' is no kernel for 2 rows"),
         ({"pdl": 1}, 1, "pdl must be true or false, found 1"),
     ],
 )
@@ -140,7 +140,7 @@ def test_plans_that_skip_zeros(N: int, K: int) -> None:
 
 def test_when_it_pays_to_skip_zeros() -> None:
     """Not for small weights, nor for few zeros."""
-    for N, K, most in ((768, 3072, 0.0), (2048, 8192, 0.11), (4096, 16384, 0.78)):
+    for N, K, most in ((768, 3072, 0.0), (2048, 8192, 0.0), (4096, 16384, 0.70)):
         linear = Linear(1, N, K, HALF)
         assert not tuning.pays_to_skip(linear, 1.0)
         assert not tuning.pays_to_skip(linear, most + 0.01)

@@ -10,20 +10,16 @@ from hf_triton_mlp.kernels.widen import widen
 
 
 @triton.jit
-def load_rows(x_ptr, k, there, M, stride_x, ROWS: tl.constexpr, MATRIX: tl.constexpr):
-    """Columns k (n,) of the rows: one tensor (ROWS, n), or ROWS of (n,); 0 where not `there`.
+def load_columns(x_ptr, k, there, M, stride_x, ROWS: tl.constexpr):
+    """Columns k (n,) of x, (ROWS, n), or (n,) of one row; 0 where not `there`.
 
     What is beyond the last row is that one again.
     """
-    if MATRIX:
-        row = tl.minimum(tl.arange(0, ROWS), M - 1)[:, None] * stride_x
-        return (tl.load(x_ptr + row + k[None, :], mask=there[None, :], other=0.0),)
+    if ROWS == 1:
+        return tl.load(x_ptr + k, mask=there, other=0.0)
     else:
-        rows = ()
-        for m in tl.static_range(ROWS):
-            row = tl.minimum(m, M - 1) * stride_x
-            rows += (tl.load(x_ptr + row + k, mask=there, other=0.0),)
-        return rows
+        row = tl.minimum(tl.arange(0, ROWS), M - 1)[:, None] * stride_x
+        return tl.load(x_ptr + row + k[None, :], mask=there[None, :], other=0.0)
 
 
 @triton.jit
@@ -39,10 +35,9 @@ def load_listed(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    MATRIX: tl.constexpr,
 ):
     """Weights (BLOCK_K, BLOCK_N) of the columns of K that the list has from `first` on, and what
-    multiplies them, by `load_rows`; 0 beyond its end."""
+    multiplies them, by `load_columns`; 0 beyond its end."""
     place = first + tl.arange(0, BLOCK_K)
     there = place < total
     k = tl.load(list_ptr + place, mask=there, other=0).to(tl.int32)
@@ -53,22 +48,19 @@ def load_listed(
         other=0.0,
         eviction_policy="evict_first",
     )
-    return w, load_rows(x_ptr, k, there, M, stride_x, ROWS, MATRIX)
+    return w, load_columns(x_ptr, k, there, M, stride_x, ROWS)
 
 
 @triton.jit
-def add_products(sums, w, x, LANES: tl.constexpr, MATRIX: tl.constexpr):
-    """sums + x · w: of a matrix x (ROWS, BLOCK_N), of each of several rows (LANES, BLOCK_N)."""
-    if MATRIX:
-        return (multiply(x[0], w, sums[0]),)
+def add_products(sums, w, x, ROWS: tl.constexpr):
+    """sums (ROWS, BLOCK_N) + x · w by the matrix units; of one row its sums are in several, by FMA,
+    so that threads need not exchange any."""
+    if ROWS == 1:
+        products = widen(w) * x.to(tl.float32)[:, None]
+        LANES: tl.constexpr = sums.shape[0]
+        return sums + tl.sum(tl.reshape(products, (w.shape[0] // LANES, LANES, w.shape[1])), axis=0)
     else:
-        wide = widen(w)
-        added = ()
-        for m in tl.static_range(len(x)):
-            products = wide * x[m].to(tl.float32)[:, None]
-            products = tl.reshape(products, (w.shape[0] // LANES, LANES, w.shape[1]))
-            added += (sums[m] + tl.sum(products, axis=0),)
-        return added
+        return multiply(x, w, sums)
 
 
 @triton.jit
@@ -98,11 +90,10 @@ def sparse_linear_kernel(
     NaN.
 
     A program lists the columns that are left, in order, where its results will be (so CHUNK <= 2 *
-    BLOCK_N), then reads BLOCK_K of these at a time, STAGES of them on their way. Up to four rows
-    are multiplied by FMA, LANES columns of a tile in different threads, 16 by the matrix units. How
-    sums are ordered depends on nothing but which columns are left.
+    BLOCK_N), then reads BLOCK_K of these at a time, STAGES of them on their way. One row is
+    multiplied by FMA, LANES columns of a tile in different threads, several, 16, by the matrix
+    units. How sums are ordered depends on nothing but which columns are left.
     """
-    MATRIX: tl.constexpr = ROWS > 4
     pid_n = tl.program_id(0) // SPLITS
     split = tl.program_id(0) % SPLITS
     first_k = split * CHUNK
@@ -114,10 +105,10 @@ def sparse_linear_kernel(
         gdc_wait()
 
     k = tl.arange(0, CHUNK)
-    rows = load_rows(x_ptr, k, k < K - first_k, M, stride_x, ROWS, False)
-    left = rows[0] != 0.0
+    left = tl.load(x_ptr + k, mask=k < K - first_k, other=0.0) != 0.0  # NaN is, too
     for m in tl.static_range(1, ROWS):
-        left = left | (rows[m] != 0.0)  # NaN is unequal, too
+        row = x_ptr + tl.minimum(m, M - 1) * stride_x
+        left = left | (tl.load(row + k, mask=k < K - first_k, other=0.0) != 0.0)
     place = tl.cumsum(left.to(tl.int32), 0) - 1
     total = tl.sum(left.to(tl.int32), axis=0)
     list_ptr = out_ptr.to(tl.pointer_type(tl.int16))
@@ -129,24 +120,19 @@ def sparse_linear_kernel(
         loaded += (
             load_listed(
                 x_ptr, w_ptr, list_ptr, s * BLOCK_K, total, M, stride_x, stride_wk, ROWS, BLOCK_N,
-                BLOCK_K, MATRIX,
+                BLOCK_K,
             ),
         )  # fmt: skip
-    sums = ()
-    if MATRIX:
-        sums += (tl.zeros((ROWS, BLOCK_N), tl.float32),)
-    else:
-        for _ in tl.static_range(ROWS):
-            sums += (tl.zeros((LANES, BLOCK_N), tl.float32),)
+    sums = tl.zeros((LANES if ROWS == 1 else ROWS, BLOCK_N), tl.float32)
     for first in range(0, total, STAGES * BLOCK_K):
         following = ()
         for s in tl.static_range(STAGES):
             w, x = loaded[s]
-            sums = add_products(sums, w, x, LANES, MATRIX)
+            sums = add_products(sums, w, x, ROWS)
             following += (
                 load_listed(
                     x_ptr, w_ptr, list_ptr, first + (STAGES + s) * BLOCK_K, total, M, stride_x,
-                    stride_wk, ROWS, BLOCK_N, BLOCK_K, MATRIX,
+                    stride_wk, ROWS, BLOCK_N, BLOCK_K,
                 ),
             )  # fmt: skip
         loaded = following
@@ -154,9 +140,8 @@ def sparse_linear_kernel(
     # All threads have read the list.
     tl.debug_barrier()
     n = tl.arange(0, BLOCK_N)
-    if MATRIX:
-        row = tl.arange(0, ROWS)[:, None]
-        tl.store(out_ptr + row * N + n[None, :], sums[0], mask=(row < M) & (n >= 0)[None, :])
+    if ROWS == 1:
+        tl.store(out_ptr + n, tl.sum(sums, axis=0))
     else:
-        for m in tl.static_range(ROWS):
-            tl.store(out_ptr + m * N + n, tl.sum(sums[m], axis=0), mask=n < (M - m) * BLOCK_N)
+        row = tl.arange(0, ROWS)[:, None]
+        tl.store(out_ptr + row * N + n[None, :], sums, mask=(row < M) & (n >= 0)[None, :])
