@@ -33,12 +33,15 @@ from hf_triton_mlp import (
     tuning,
     validation,
 )
-from hf_triton_mlp.kernels.activations import ACTIVATIONS
+from hf_triton_mlp.density import densities, texts
+from hf_triton_mlp.kernels.activations import ACTIVATIONS, SPARSE
+from hf_triton_mlp.launchers import linear_of
 from hf_triton_mlp.measure import CASES
-from hf_triton_mlp.patching import patch_model, patch_report, unpatch_model
+from hf_triton_mlp.patching import patch_model, patch_report, relu_projections, unpatch_model
 from hf_triton_mlp.quality import QualityReport
 from hf_triton_mlp.quantization import CODES
 from hf_triton_mlp.quantizer import TritonMLPConfig, quantization_of
+from hf_triton_mlp.reading import read_projection
 from hf_triton_mlp.specs import specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
 
@@ -491,9 +494,19 @@ def bench_generate_(
 
 
 @app.command()
-def info() -> None:
+def info(
+    density: Annotated[
+        str | None,
+        typer.Option(help="a folder, or a name on the model hub: how many zeros ReLU makes there"),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="a text file for --density")] = None,
+    device: Device = None,
+) -> None:
     """Versions, the device, and what can be patched: families, and every causal language model."""
     with _errors_in_one_line():
+        if density is not None:
+            console.print(_density_table(density, text, _device(device)))
+            return
         versions = Table("package", "version")
         versions.add_row("python", platform.python_version())
         for module in (hf_triton_mlp, torch, triton, transformers):
@@ -525,6 +538,34 @@ def info() -> None:
             count = sum(each.kind == kind for each in every)
             if count:
                 console.print(f"{kind}: {count} of {len(every)}", highlight=False)
+
+
+def _density_table(path: str, text: Path | None, device: torch.device) -> Table:
+    """What 1, 4 and 16 texts have that is not zero behind each ReLU, drawn for one."""
+    batches = (1, 4, 16)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = _loaded(transformers.AutoModelForCausalLM, path, dtype="auto").to(device).eval()
+    tokenizer = _loaded(transformers.AutoTokenizer, path)
+    downs = relu_projections(model)
+    if not downs:
+        raise ValueError(f"{path} has no {' or '.join(SPARSE)}, which make zeros")
+    written = DEFAULT_TEXT if text is None else text.read_text()
+    tokens = tokenizer(written, return_tensors="pt").input_ids[0]
+    longest = getattr(model.config, "max_position_embeddings", None) or len(tokens)
+    found = densities(model, downs, texts(tokens, batches[-1], longest), batches)
+    table = Table("layer", *(f"{n} text{'s' * (n > 1)}" for n in batches), "", "decode steps")
+    for name, of_texts in found.items():
+        read = read_projection(downs[name])
+        pays = False
+        if read is not None:
+            linear = linear_of(1, read[0], False)
+            linear = linear._replace(dtype=torch.float16)
+            pays = tuning.pays_to_skip(linear, of_texts[1])
+        parts = (f"{of_texts[n]:.1%}" for n in batches)
+        bar = "█" * round(40 * of_texts[1])
+        table.add_row(name, *parts, bar, "zeros are skipped" if pays else "dense")
+    return table
 
 
 @contextmanager

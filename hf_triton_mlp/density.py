@@ -31,6 +31,17 @@ def hidden_densities(model: nn.Module, downs: Mapping[str, nn.Module]) -> dict[s
         return {}
 
 
+def texts(tokens: Tensor, count: int, longest: int) -> Tensor:
+    """As many equal parts (count, length) of tokens (length,), none longer than that.
+
+    Raises ValueError where that leaves none.
+    """
+    length = min(len(tokens) // count, longest)
+    if length == 0:
+        raise ValueError(f"{count} texts need as many tokens, found {len(tokens)}")
+    return tokens[: count * length].view(count, length)
+
+
 @torch.no_grad()
 def densities(
     model: nn.Module, downs: Mapping[str, nn.Module], ids: Tensor, batches: tuple[int, ...] = (1,)

@@ -303,6 +303,23 @@ def mlp_configs(model: nn.Module) -> list[MLPConfig]:
     return list(dict.fromkeys(swap.config for swap in swaps))
 
 
+def relu_projections(model: nn.Module) -> dict[str, nn.Module]:
+    """The down projections behind ReLU, or its square, in an unpatched model, by layer.
+
+    Raises ValueError as patch_model does.
+    """
+    swaps = [
+        _check_layer(spec, name, layer, "layer")
+        for name, layer, spec in supported_layers(model)
+        if experts_of(layer, spec) is None
+    ]
+    return {
+        swap.name: swap.spec.projections(swap.layer)[2]
+        for swap in swaps
+        if swap.config.activation in SPARSE
+    }
+
+
 # --- check ------------------------------------------------------------------------------------
 
 

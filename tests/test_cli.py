@@ -77,9 +77,24 @@ def test_info() -> None:
         assert text in result.output
 
 
+@pytest.mark.parametrize("name", ["opt-pre-norm", "opt-post-norm"])
+def test_density(name: str) -> None:
+    result = run("info", "--density", CHECKPOINTS / name, "--text", CHECKPOINTS / "heldout.txt")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1:] for line in result.output.splitlines() if "layers." in line]
+    assert len(rows) == 4
+    for _, one, four, sixteen, drawn, decode, _ in rows:
+        parts = [float(part.strip(" %")) for part in (one, four, sixteen)]
+        assert 0 < parts[0] < parts[1] < parts[2] < 100 and parts[0] < 50
+        assert drawn.count("█") == round(0.4 * parts[0])
+        assert "dense" in decode  # so small that it cannot pay
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (("info", "--density", CHECKPOINTS / "gpt2"), "has no relu or relu2"),
+        (("info", "--density", "no/such/folder"), "no/such/folder"),
         (("validate", "no/such/folder"), "no/such/folder"),
         (("validate", CHECKPOINTS / "gpt2", "--dtype", "int8"), "int8"),
         (("validate", CHECKPOINTS / "gpt2", "--depth", "deep"), "deep"),
