@@ -254,6 +254,7 @@ def patched(
     verify: bool = True,
     cuda_graphs: bool = False,
     quantization: str | QuantizationConfig | None = None,
+    sparsity: str = "auto",
 ) -> Iterator[Model]:
     """Patch `model` for a with block, and leave it as it was; arguments as for patch_model."""
     before = {
@@ -271,6 +272,7 @@ def patched(
         cuda_graphs=cuda_graphs,
         quantization=quantization,
         keep_originals=True,
+        sparsity=sparsity,
     )
     try:
         yield model
@@ -728,7 +730,10 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if mlp is None or up is None or down is None:
         reason = f"mixture of experts ({experts})" if experts else "not patched"
         return PatchRow(name, "-", dtype, device, "-", "-", reason, weights)
-    density = "" if mlp.density is None else f"{100 * mlp.density:.1f} %"
+    down_read, density = read_projection(down), ""
+    if mlp.density is not None and down_read is not None:
+        if linear_of(1, down_read[0], False, sparse=True).sparse:  # and not quantized since
+            density = f"{100 * mlp.density:.1f} %"
     verified = "yes" if mlp.verified else "no"
     if by_structure(spec):
         verified += ", by structure"
@@ -761,7 +766,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     rows_dtype = None if place is None else place[0]
     up_plan = plan_linear(1, weight, gated=mlp.mlp_config.gated, dtype=rows_dtype)
     sparse = mlp.mlp_config.activation in SPARSE
-    down_plan = plan_linear(1, (read_projection(down) or read)[0], dtype=rows_dtype, sparse=sparse)
+    down_plan = plan_linear(1, (down_read or read)[0], dtype=rows_dtype, sparse=sparse)
     plan = f"decode: {up_plan}; {down_plan}"
     return PatchRow(name, replaced, dtype, device, plan, verified, "", weights, density)
 

@@ -306,8 +306,8 @@ def pays_to_skip(linear: Linear, density: float) -> bool:
 def _sparse_tile(linear: Linear) -> tuple[int, int]:
     """Columns of N and of K of a program: few, so that there are many programs, but a list of its
     columns of K has its place where its results will be."""
-    wide = linear.N % 512 == 0 and (linear.M == 1 or linear.K > 64 * 512)
-    block = 512 if wide else 256
+    most = 512 if linear.M == 1 or linear.K > 64 * 512 else 256
+    block = next((n for n in (512, 256) if n <= most and linear.N % n == 0), 128)
     chunk = max(triton.next_power_of_2(-(-linear.K // 32)), 256)
     return block, min(chunk, 2 * block)
 

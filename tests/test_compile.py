@@ -239,7 +239,7 @@ def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-@pytest.mark.parametrize("N", [768, 4096])
+@pytest.mark.parametrize("N", [128, 768, 4096])
 def test_what_skips_zeros_compiles(
     N: int, tokens: int, dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 that are patched so."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from test_ops import _poison, assert_accurate  # noqa: F401
 from torch import Tensor, nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp import patch_model, patch_report, tuning, unpatch_model
@@ -18,6 +19,7 @@ from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.launchers import Summands, linear, plan_linear
 from hf_triton_mlp.reading import store_as_before, store_for_zeros
 
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 on_kernels = [] if INTERPRETED else [pytest.mark.gpu]
 with_kernels = pytest.mark.skipif(
@@ -25,7 +27,7 @@ with_kernels = pytest.mark.skipif(
 )
 DTYPES = [torch.float16, torch.bfloat16]
 #: Outputs and depth: a part of a chunk, and on a GPU those of a model too.
-SIZES = [(256, 300)] if INTERPRETED else [(256, 300), (768, 3072), (4096, 16384)]
+SIZES = [(128, 300)] if INTERPRETED else [(128, 300), (768, 3072), (4096, 16384)]
 
 
 def sparse_rows(M: int, K: int, density: float, dtype: torch.dtype) -> Tensor:
@@ -169,7 +171,7 @@ def test_patched_models_skip_zeros(before: bool, monkeypatch: pytest.MonkeyPatch
     assert (actual - exact).norm() <= 2 * (expected - exact).norm() + 2e-3 * exact.norm()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     texts = [
-        each.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        each.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
         for each in (model, original)
     ]
     assert torch.equal(*texts)
@@ -179,6 +181,46 @@ def test_patched_models_skip_zeros(before: bool, monkeypatch: pytest.MonkeyPatch
     patch_model(model, sparsity="off")
     assert [p.stride() for p in model.parameters()] == strides
     assert all(row.density == "" for row in patch_report(model).rows)
+
+
+@with_kernels
+@pytest.mark.parametrize("name", ["opt-pre-norm", "opt-post-norm"])
+def test_trained_models_write_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SPARSE_BYTES", 0)
+    model = OPTForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float16)
+    model = model.to(DEVICE).eval()
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
+    ids = tokenizer("And the LORD said unto Moses", return_tensors="pt").input_ids.to(DEVICE)
+    length = 2 if INTERPRETED else 60
+    expected = model.generate(ids, max_new_tokens=length, do_sample=False)
+    patch_model(model, verify=not INTERPRETED)
+    assert all(row.density for row in patch_report(model).rows)
+    assert torch.equal(model.generate(ids, max_new_tokens=length, do_sample=False), expected)
+
+
+@with_kernels
+def test_quantized_models_skip_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SPARSE_BYTES", 40_000)
+    model = opt()
+    strides = [p.stride() for p in model.parameters()]
+    patch_model(model, verify=not INTERPRETED)
+    assert patch_report(model).rows[0].density
+    patch_model(model, quantization="int8", keep_originals=True)
+    assert not any(row.density for row in patch_report(model).rows)
+    unpatch_model(model)
+    assert [p.stride() for p in model.parameters()] == strides
+    patch_model(model, quantization="int8", verify=not INTERPRETED)
+    assert not any(row.density for row in patch_report(model).rows)
+
+
+def test_models_that_skip_are_saved_as_others(tmp_path: Path) -> None:
+    model = opt()
+    assert all(store_for_zeros(layer.fc2) for layer in model.model.decoder.layers)
+    model.save_pretrained(tmp_path)
+    again = OPTForCausalLM.from_pretrained(tmp_path, dtype=torch.float16)
+    state = model.cpu().state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    assert all(p.is_contiguous() for p in again.parameters())
 
 
 def test_an_unknown_sparsity() -> None:

@@ -117,7 +117,7 @@ def test_a_plan_that_cannot_run(change: dict[str, Any], rows: int, text: str) ->
 
 
 @pytest.mark.parametrize(
-    ("N", "K"), [(768, 3072), (2048, 8192), (4096, 16384), (7168, 28672), (9216, 36864), (256, 300)]
+    ("N", "K"), [(768, 3072), (2048, 8192), (4096, 16384), (7168, 28672), (9216, 36864), (128, 300)]
 )
 def test_plans_that_skip_zeros(N: int, K: int) -> None:
     for M in range(1, 18):
