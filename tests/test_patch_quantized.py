@@ -537,7 +537,8 @@ def test_launchers_get_the_weights_as_they_are(
         return *map(id, weight[:3]), *weight[3:]
 
     monkeypatch.setattr(ops, "kernels_apply", lambda input: True)
-    monkeypatch.setattr(ops, "linear", launcher)
+    for name in ("linear", "mlp"):
+        monkeypatch.setattr(ops, name, launcher)
     for name in ("normed_mlp", "branch_normed_mlp"):
         monkeypatch.setattr(ops.launchers, name, launcher)
     weights = quantized_weights(config, gated, "cpu")
