@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp import patch_model, patch_report, tuning, unpatch_model
+from hf_triton_mlp import GELUGemmOp, launchers, patch_model, patch_report, tuning, unpatch_model
 from hf_triton_mlp.density import densities, hidden_densities
-from hf_triton_mlp.kernels import INTERPRETED
-from hf_triton_mlp.launchers import Summands, linear, plan_linear
+from hf_triton_mlp.kernels import INTERPRETED, sparse_linear_kernel
+from hf_triton_mlp.launchers import MLPWeights, Summands, linear, plan_linear
 from hf_triton_mlp.reading import store_as_before, store_for_zeros
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -59,6 +59,27 @@ def test_zeros_are_skipped(density: float, N: int, K: int, M: int, dtype: torch.
     other[unused] = float("nan")
     again = linear(x, other.t(), bias, summands=Summands(add), sparse=True)
     assert torch.equal(actual, again)
+
+
+@with_kernels
+@pytest.mark.parametrize("M", [3] if INTERPRETED else [1, 3])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_gated_mlps_skip_zeros(activation: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate's zeros are the products' too; other activations read everything."""
+    dtype, launched = torch.float16, []
+    up, gate = (torch.randn(2, 512, 128) / 128**0.5).to(DEVICE, dtype)
+    weights = MLPWeights(up, by_input(128, 512, dtype), gate=gate)
+    x = torch.randn(M, 128).to(DEVICE, dtype)
+    launch = launchers.launch
+    record = lambda call: launched.append(call.kernel) or launch(call)  # noqa: E731
+    monkeypatch.setattr(launchers, "launch", record)
+    op = GELUGemmOp(activation=activation)
+    actual = launchers.mlp(x, weights, activation=activation)
+    assert sparse_linear_kernel in launched
+    assert_accurate(actual, op.compose(x, weights), op.reference(x, weights))
+    launched.clear()
+    launchers.mlp(x, weights, activation="silu")
+    assert sparse_linear_kernel not in launched
 
 
 @with_kernels
