@@ -20,8 +20,8 @@ from hf_triton_mlp.launchers import (
     branch_normed_mlp,
     executable,
     launch,
-    linear,
     linear_launch,
+    mlp,
     norm_launch,
     norm_sum_launch,
     normed_mlp,
@@ -172,9 +172,8 @@ class BoundMLP:
                         plans = up_plan, down_plan
                         return normed_mlp(x, r, None, weights, **kinds, plans=plans, early=early)
                     source, summands = (x, Summands(r)) if u is None else (u, Summands(x, r))
-                    kinds = {"gate": gate, "activation": activation}
-                    hidden = linear(source, *up, **kinds, plan=up_plan, waited=early)
-                    return linear(hidden, *down, summands=summands, plan=down_plan, waited=True)
+                    kinds = {"activation": activation, "summands": summands}
+                    return mlp(source, weights, **kinds, plans=(up_plan, down_plan), waited=early)
 
                 self._bound[key] = by_library
                 return
