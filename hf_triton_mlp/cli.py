@@ -373,6 +373,9 @@ def bench_sparse_(
         list[float] | None, typer.Option(min=0, max=0.999, help="their part; may be repeated")
     ] = None,
     rows: Annotated[list[int] | None, typer.Option(min=1, max=16, help="may be repeated")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="of weights: 16 bits, int8, int4; may be repeated")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
     seconds: Seconds = math.inf,
     output: Record = None,
@@ -380,6 +383,7 @@ def bench_sparse_(
     """Time one layer's residual + norm + ReLU MLP + residual, dense and with zeros skipped."""
     with _errors_in_one_line():
         _known("case", case, bench_sparse.SHAPES)
+        _known("format", format, (bench_sparse.PLAIN, *bench_quantized.FORMATS))
         _known("dtype", [dtype], DTYPES[1:])
         _need_folders(output)
         kept = bench.read(output) if output is not None and output.exists() else None
@@ -390,6 +394,7 @@ def bench_sparse_(
                 tuple(zeros or bench_sparse.ZEROS),
                 tuple(rows or bench_sparse.ROWS),
                 dtype,
+                tuple(format or (bench_sparse.PLAIN,)),
                 seconds=seconds,
                 kept=kept,
                 progress=show,

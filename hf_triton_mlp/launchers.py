@@ -20,6 +20,7 @@ from hf_triton_mlp.kernels import (
     activation_kernel,
     combine_splits_kernel,
     decode_linear_kernel,
+    dequantize_columns_kernel,
     dequantize_kernel,
     norm_kernel,
     norm_sum_kernel,
@@ -35,7 +36,7 @@ from hf_triton_mlp.kernels import (
     tiled_linear_kernel,
 )
 from hf_triton_mlp.kernels.activations import SPARSE
-from hf_triton_mlp.quantization import QuantizedWeight, Weight
+from hf_triton_mlp.quantization import INT4_PER_WORD, QuantizedWeight, Weight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
 
@@ -553,15 +554,18 @@ def multiply_slabs(
     """out = beta * out + act(x·weightᵀ + bias) [gated], by cuBLAS, some columns after the others.
 
     The rows of the weight that give them become 16-bit values, or float32, in the L2, where cuBLAS
-    finds them. beta, for neither a bias nor a gate nor an activation: 0 or 1.
+    finds them, stored as its codes are. beta, for neither a bias nor a gate nor an activation: 0 or
+    1.
     """
     (N, K), gated = weight.shape, isinstance(gate[0], QuantizedWeight)
     count = min(N, max(SLAB_BYTES // (K * x.itemsize) // 128, 1) * 128)
-    slab = torch.empty((count, K), dtype=x.dtype, device=x.device)
+    slab = torch.empty(count * K, dtype=x.dtype, device=x.device)
     gates = torch.empty((x.shape[0], count), dtype=x.dtype, device=x.device) if gated else None
     for first in range(0, N, count):
         last = min(first + count, N)
-        values, columns = slab[: last - first], out[:, first:last]
+        columns = out[:, first:last]
+        values = slab[: (last - first) * K]
+        values = values.view(K, -1).t() if weight.by_input else values.view(-1, K)
         launch(dequantize_launch(weight, first, values))
         torch.addmm(columns, x, values.t(), beta=beta, out=columns)
         opened = None
@@ -599,6 +603,9 @@ def executable(
 ) -> Plan:
     """The plan, or another one where TMA cannot address these, or vectors cannot be loaded."""
     if isinstance(weight, QuantizedWeight):
+        if weight.by_input:
+            fits = plan.kernel == "library" or (plan.kernel == "sparse" and skippable(plan, weight))
+            return plan if fits else Plan(kernel="library", pdl=plan.pdl)
         fits = plan.kernel not in ("quantized", "quantized_row")
         if fits or (in_vectors(weight) and in_vectors(gate)):
             return plan
@@ -614,17 +621,23 @@ def executable(
     return tuning.choose(linear, gpu(weight.device.index)[1])
 
 
-def skippable(plan: Plan, weight: Tensor) -> bool:
+def skippable(plan: Plan, weight: Weight) -> bool:
     """Whether a plan of "sparse" can read this weight: whole blocks, in vectors of 16 bytes."""
-    N, K = weight.shape
-    in_vectors = weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0
-    whole = N % plan.block_n == 0 and chunk_of(plan, K) <= 2 * plan.block_n
-    return weight.stride(0) == 1 and in_vectors and whole
+    N, units = weight.shape[0], units_of(weight)
+    matrix = weight.codes if isinstance(weight, QuantizedWeight) else weight
+    in_vectors = matrix.stride(1) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
+    whole = N % plan.block_n == 0 and chunk_of(plan, units) <= 2 * plan.block_n
+    return matrix.stride(0) == 1 and in_vectors and whole
 
 
-def chunk_of(plan: Plan, K: int) -> int:
-    """How many columns of K a program of "sparse" looks at."""
-    return triton.next_power_of_2(-(-K // plan.splits))
+def units_of(weight: Weight) -> int:
+    """How many units of columns "sparse" reads or leaves out: of an int4's what shares a word."""
+    return weight.codes.shape[1] if isinstance(weight, QuantizedWeight) else weight.shape[1]
+
+
+def chunk_of(plan: Plan, units: int) -> int:
+    """How many units of columns of K a program of "sparse" looks at."""
+    return triton.next_power_of_2(-(-units // plan.splits))
 
 
 def in_vectors(weight: Weight | None) -> bool:
@@ -643,7 +656,8 @@ def linear_of(
         whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
         group = 0 if whole_rows else weight.group_size
         found = weight.format, group, weight.zeros is not None
-        return Linear(M, N, K, dtype or torch.float16, True, gated, *found)
+        dtype, by_output = dtype or torch.float16, not weight.by_input
+        return Linear(M, N, K, dtype, by_output, gated, *found, sparse=not by_output)
     by_output = weight.stride(1) == 1
     return Linear(M, N, K, weight.dtype, by_output, gated, sparse=sparse and not by_output)
 
@@ -667,6 +681,9 @@ def linear_launch(
     (M, K), N = x.shape, weight.shape[0]
     gate_weight, gate_bias = gate
     add, add2, add_bias = summands
+    if plan.kernel == "sparse":
+        assert norm is None and bias is None and activation is None and gate_weight is None
+        return sparse_launch(plan, x, weight, out)
     if isinstance(weight, QuantizedWeight):
         if plan.kernel == "quantized_row":
             rest = (bias, gate, activation, norm, summands, out, waited)
@@ -737,24 +754,6 @@ def linear_launch(
         )
         grid = (programs, 1, 1)
         return Launch(stream_linear_kernel, grid, tensors, (*scalars, eps), constants, *options)
-    if plan.kernel == "sparse":
-        assert norm is None and bias is None and activation is None and gate_weight is None
-        # A thread loads 8 values of 16 bits at a time.
-        lanes = max(1, 32 * plan.num_warps // (plan.block_n // 8))
-        constants = (
-            plan.block_m,
-            plan.block_n,
-            plan.block_k,
-            chunk_of(plan, K),
-            plan.num_stages,
-            plan.splits,
-            lanes,
-            plan.pdl,
-        )
-        return Launch(
-            sparse_linear_kernel, (blocks * plan.splits, 1, 1), (x, out, weight),
-            (M, N, K, x.stride(0), weight.stride(1)), constants, plan.num_warps, 1, plan.pdl,
-        )  # fmt: skip
     if plan.kernel == "persistent":
         tile = plan.block_m, plan.block_n, plan.block_k
         # 32 results of each thread at a time, so that their epilogue fits its registers.
@@ -807,6 +806,34 @@ def linear_launch(
     )
     grid = (-(-M // plan.block_m) * blocks * plan.splits, 1, 1)
     return Launch(tiled_linear_kernel, grid, tensors, scalars, constants, *options)
+
+
+def sparse_launch(plan: Plan, x: Tensor, weight: Weight, out: Tensor) -> Launch:
+    """`linear_launch` of rows of which most values are 0, into parts of sums, out."""
+    (M, _), N, units = x.shape, weight.shape[0], units_of(weight)
+    scales, zeros, stride, kind = None, None, 0, (None, None, 1)
+    if isinstance(weight, QuantizedWeight):
+        codes, scales, zeros = stored(weight)
+        kind, stride, vector = unit_kind(weight), scales.stride(1), 16 // codes.itemsize
+    else:
+        codes, vector = weight, 16 // weight.itemsize
+    constants = (
+        *kind,
+        plan.block_m,
+        plan.block_n,
+        plan.block_k,
+        chunk_of(plan, units),
+        plan.num_stages,
+        plan.splits,
+        # So many threads load what a vector each has of a unit.
+        max(1, 32 * plan.num_warps * vector // plan.block_n),
+        plan.pdl,
+    )
+    return Launch(
+        sparse_linear_kernel, (N // plan.block_n * plan.splits, 1, 1),
+        (x, out, codes, scales, zeros),
+        (M, N, units, x.stride(0), codes.stride(1), stride), constants, plan.num_warps, 1, plan.pdl,
+    )  # fmt: skip
 
 
 def kernel_format(weight: QuantizedWeight, device: torch.device) -> str:
@@ -953,6 +980,8 @@ def quantized_row_launch(
 
 def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
     """The launch that writes rows of a weight from number `first` on into out (rows, K)."""
+    if weight.by_input:
+        return dequantize_columns_launch(weight, first, out)
     K, block_k, rows = weight.shape[1], 1024, 8
     codes, scales, zeros = stored(weight)
     last = first + out.shape[0]
@@ -960,6 +989,24 @@ def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launc
     constants = (weight.format, *scale_units(weight, block_k), rows, block_k)
     grid = (-(-K // block_k), -(-out.shape[0] // rows), 1)
     return Launch(dequantize_kernel, grid, (codes, scales, zeros, out), scalars, constants, 4, 1)
+
+
+def dequantize_columns_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
+    """`dequantize_launch` of a weight whose columns lie together, as those of out do then."""
+    units, rows, block_k = units_of(weight), out.shape[0], 16
+    codes, scales, zeros = stored(weight)
+    scalars = first, rows, units, codes.stride(1), scales.stride(1)
+    constants = (*unit_kind(weight), 128, block_k)
+    grid = (rows // 128, -(-units // block_k), 1)
+    tensors = codes, scales, zeros, out
+    return Launch(dequantize_columns_kernel, grid, tensors, scalars, constants, 4, 1)
+
+
+def unit_kind(weight: QuantizedWeight) -> tuple[str, int | None, int]:
+    """Its format, the size of its groups, None for whole rows, and the columns of a unit."""
+    whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
+    unit = INT4_PER_WORD if weight.format == "int4" else 1
+    return weight.format, None if whole_rows else weight.group_size, unit
 
 
 def scale_units(weight: QuantizedWeight, depth: int) -> tuple[int | None, int]:
@@ -1000,7 +1047,8 @@ def split_launches(
     """The two launches that compute `linear` into out (tokens, N) with K split."""
     M, N = out.shape
     add, add2, add_bias = summands
-    block = min(triton.next_power_of_2(N), 512)
+    # Few outputs are shared among more programs, which have fewer parts to wait for.
+    block = 512 if M * N > 128 * 512 else 128
     products = gate[0], None
     return (
         linear_launch(plan, x, weight, None, products, None, norm, NO_SUMMANDS, parts, waited),
@@ -1010,7 +1058,7 @@ def split_launches(
             (parts, add, add2, out, bias, gate[1], add_bias),
             (M, N, 0 if add is None else add.stride(0), 0 if add2 is None else add2.stride(0)),
             (activation, gate[0] is not None, plan.splits, block, plan.pdl),
-            num_warps=4,
+            num_warps=block // 128,
             num_stages=1,
             pdl=plan.pdl,
         ),

@@ -50,7 +50,7 @@ from hf_triton_mlp.reading import (
     store_as_before,
 )
 from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short
-from hf_triton_mlp.tuning import check_capability, pays_to_skip
+from hf_triton_mlp.tuning import Linear, check_capability, pays_to_skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,7 +68,8 @@ class PatchRow:
     meta device, where parts are called, not read, and where there was no memory for a wider copy.
     weights: the format of quantized ones (and of rows that become fp8 too), their bytes as they
     were and as they are; else "".
-    density: what part of the MLP's hidden values was not 0, where those that are get skipped.
+    density: what part of the down projection something else than 0 multiplied, for one token, where
+    the rest is not read.
     """
 
     layer: str
@@ -185,7 +186,7 @@ def patch_model(
         for name, layer, spec in chosen
         if not _is_patched(name, layer, spec, depth)
     ]
-    if sparsity == "auto" and config is None:
+    if sparsity == "auto":
         swaps = _skipping_zeros(model, swaps)
     verified = _verify(swaps) if verify else set()
     proven = [swap for swap in swaps if swap.name in verified or not by_structure(swap.spec)]
@@ -590,26 +591,32 @@ def _prove(swap: _Swap) -> bool:
 def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
     """The swaps, with the densities of those whose zeros it pays to skip."""
 
-    def pays(swap: _Swap, density: float) -> bool:
-        """On a GPU, for one row."""
+    def down_of(swap: _Swap) -> tuple[nn.Module, Linear | None]:
+        """The down projection, and what it is for one row; None where nothing can be skipped."""
         down = swap.spec.projections(swap.layer)[2]
         read = read_projection(down)
-        if read is None or isinstance(down, QuantizedLinear):
-            return False
-        with_kernels = read[0].device.type == ("cpu" if INTERPRETED else "cuda")
-        return with_kernels and pays_to_skip(linear_of(1, read[0], False), density)
+        if read is None or read[0].device.type != ("cpu" if INTERPRETED else "cuda"):
+            return down, None
+        linear, config = linear_of(1, read[0], False, swap.config.dtype), swap.quantization
+        if isinstance(down, QuantizedLinear):
+            config = down.config
+        if config is not None:
+            linear = linear._replace(format=config.format)
+        return down, None if config is not None and config.activations else linear
 
     could = {
-        swap.name: swap.spec.projections(swap.layer)[2]
+        swap.name: (down, linear)
         for swap in swaps
-        if swap.config.activation in SPARSE and pays(swap, 0.0)
+        if swap.config.activation in SPARSE
+        for down, linear in [down_of(swap)]
+        if linear is not None and pays_to_skip(linear, 0.0)
     }
-    found = hidden_densities(model, could) if could else {}
+    downs = {name: down for name, (down, _) in could.items()}
+    units = {name: linear.unit for name, (_, linear) in could.items()}
+    found = hidden_densities(model, downs, units) if could else {}
+    pays = {name for name, density in found.items() if pays_to_skip(could[name][1], density)}
     return [
-        replace(swap, density=found[swap.name])
-        if swap.name in found and pays(swap, found[swap.name])
-        else swap
-        for swap in swaps
+        replace(swap, density=found[swap.name]) if swap.name in pays else swap for swap in swaps
     ]
 
 
@@ -732,7 +739,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
         return PatchRow(name, "-", dtype, device, "-", "-", reason, weights)
     down_read, density = read_projection(down), ""
     if mlp.density is not None and down_read is not None:
-        if linear_of(1, down_read[0], False, sparse=True).sparse:  # and not quantized since
+        if linear_of(1, down_read[0], False, sparse=True).sparse:  # it may have been quantized
             density = f"{100 * mlp.density:.1f} %"
     verified = "yes" if mlp.verified else "no"
     if by_structure(spec):

@@ -96,6 +96,7 @@ class QuantizedWeight(NamedTuple):
     codes: int8 or float8_e4m3fn (out, in), or int4 in words, int32 (out, ⌈in / 8⌉).
     scales: (out, groups), float32 for whole rows, else bfloat16; zeros: (out, groups), float16, or
     None. shape: (out, in); group_size: `in` for whole rows. activations: as in QuantizationConfig.
+    All are stored by rows, or all by columns (`by_input`), which skips what zeros multiply.
     """
 
     codes: Tensor
@@ -109,6 +110,11 @@ class QuantizedWeight(NamedTuple):
     def format(self) -> str:
         """As in QuantizationConfig."""
         return next(name for name, dtype in CODES.items() if dtype == self.codes.dtype)
+
+    @property
+    def by_input(self) -> bool:
+        """Whether the codes of a column, all that one input multiplies, lie together."""
+        return self.codes.stride(1) != 1
 
     @property
     def nbytes(self) -> int:
@@ -343,7 +349,7 @@ def unpack_int4(words: Tensor, size: int) -> Tensor:
     """The codes (out, size), uint8, of `pack_int4`'s words."""
     shifts = torch.tensor(INT4_SHIFTS, dtype=torch.int32, device=words.device)
     codes = (words[:, :, None] >> shifts) & (INT4_CODES - 1)
-    return codes.view(words.shape[0], -1)[:, :size].to(torch.uint8)
+    return codes.reshape(words.shape[0], -1)[:, :size].to(torch.uint8)
 
 
 def from_flat_groups(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp.quantization import Weight
+from hf_triton_mlp.quantization import QuantizedWeight, Weight
 
 #: What norms name the number that they add to the variance.
 EPSILONS = ("eps", "variance_epsilon")
@@ -169,30 +169,44 @@ def store_by_output(module: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def store_for_zeros(linear: nn.Module) -> bool:
-    """Give the weight of a plain Linear or Conv1D the strides of (in, out), contiguous, so that
-    what one input is multiplied by lies together; its values and shape stay.
+    """Give the weight of a plain Linear, Conv1D or QuantizedLinear the strides of (in, out),
+    contiguous, so that what one input is multiplied by lies together; its values and shape stay.
 
     False, and left as it is: another layer, one that must be called, a weight that shares memory,
     and one with infinite or NaN values, which multiply even zeros.
     """
-    if type(linear) not in (nn.Linear, Conv1D) or read_projection(linear) is None:
+    read = read_projection(linear)
+    if read is None or full_name(type(linear)) in LINEARS:
         return False
-    weight: Any = linear.weight
-    if weight.untyped_storage().nbytes() != weight.nbytes or not weight.isfinite().all():
+    stored = _stored(linear)
+    if any(t.untyped_storage().nbytes() != t.nbytes for t in stored):
+        return False
+    if isinstance(read[0], QuantizedWeight):
+        if read[0].activations is not None:  # whose products are of rows of codes
+            return False
+    elif not read[0].isfinite().all():
         return False
     with torch.inference_mode(False):
-        by_input = weight.data if type(linear) is Conv1D else weight.data.t()
-        by_input = by_input.contiguous()
-        weight.data = by_input if type(linear) is Conv1D else by_input.t()
+        for tensor in stored:
+            by_input = tensor.data if type(linear) is Conv1D else tensor.data.t()
+            by_input = by_input.contiguous()
+            tensor.data = by_input if type(linear) is Conv1D else by_input.t()
     return True
 
 
 def store_as_before(linear: nn.Module) -> None:
     """Undo `store_for_zeros`, if the weight is still there."""
-    weight = linear._parameters.get("weight")
-    if weight is not None and not weight.is_contiguous():
-        with torch.inference_mode(False):
-            weight.data = weight.data.contiguous()
+    for tensor in _stored(linear):
+        if not tensor.is_contiguous():
+            with torch.inference_mode(False):
+                tensor.data = tensor.data.contiguous()
+
+
+def _stored(linear: nn.Module) -> list[Tensor]:
+    """The matrices that a linear layer's weight is stored as."""
+    names = ("codes", "scales", "zeros") if full_name(type(linear)) == QUANTIZED else ("weight",)
+    found = {**linear._parameters, **linear._buffers}
+    return [tensor for name in names if (tensor := found.get(name)) is not None]
 
 
 def store_by_input(module: nn.Module, names: list[str]) -> None:

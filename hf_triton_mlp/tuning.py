@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from hf_triton_mlp.quantization import INT4_PER_WORD
+
 logger = logging.getLogger(__name__)
 
 #: Kernels use tensor-core types and bfloat16, which Ampere introduced.
@@ -27,6 +29,9 @@ DECODE_ROWS = 16
 #: Up to this many rows the FMA units may keep up with the memory. Float32, which has no matrix
 #: unit (TF32 is not IEEE), is multiplied by them; more rows would be bound by them.
 SKINNY_ROWS = 4
+
+#: Of a weight's code.
+FORMAT_BITS = {"int4": 4, "int8": 8, "fp8": 8}
 
 #: How deep a tile of "quantized" is for each slice, at least.
 QUANTIZED_DEPTH = 128
@@ -92,9 +97,9 @@ class Plan:
     kernel: "skinny" (up to four rows: together if block_m says so and K is one block, else each on
     its own), "stream" and "decode" (16-bit, up to 16 rows), "tiled", "persistent" (16-bit, more
     rows, Hopper, where TMA can address the matrices), "library" (more rows, by cuBLAS, which
-    takes no parameters), or "sparse" (16-bit, up to 16 rows of which most values are 0, weights
-    stored (in, out)). For quantized weights: "quantized_row" (one row, which block_k holds as a
-    whole), "quantized" (up to 16 rows), "tiled" and "library".
+    takes no parameters), or "sparse" (up to 16 rows of which most values are 0, weights stored (in,
+    out)). For quantized weights: "quantized_row" (one row, which block_k holds as a whole),
+    "quantized" (up to 16 rows), "sparse", "tiled" and "library".
     block_m, block_n, block_k: rows, columns and depth of a program's tile; "decode" reads
     `slices` such depths side by side, "quantized" shares a tile's depth among so many warps;
     "stream" keeps `num_stages` tiles of weights on their way, and its warps share a tile's depth;
@@ -208,6 +213,11 @@ class Linear(NamedTuple):
     sparse: bool = False
 
     @property
+    def unit(self) -> int:
+        """How many columns of W are read together: an int4's share words."""
+        return INT4_PER_WORD if self.format == "int4" else 1
+
+    @property
     def key(self) -> str:
         """Its name in a table, where numbers of rows are powers of two up to 8192."""
         rows = min(1 << (self.M - 1).bit_length(), 8192)
@@ -240,6 +250,10 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
     """
     check_capability(capability)
     pdl = capability >= PDL_CAPABILITY
+    if linear.sparse and skips_zeros(linear):
+        return _choose_sparse(linear, pdl)
+    if linear.format is not None and not linear.k_contiguous:
+        return Plan(kernel="library", pdl=pdl)
     if linear.format is not None:
         most = 0
         if capability[0] == TMA_CAPABILITY[0] and linear.dtype != torch.float32:
@@ -247,8 +261,6 @@ def choose(linear: Linear, capability: tuple[int, int]) -> Plan:
         if DEQUANTIZED_ROWS < linear.M <= most:
             return _choose_quantized_high(linear)
         return _choose_quantized(linear, pdl)
-    if linear.sparse and skips_zeros(linear):
-        return _choose_sparse(linear, pdl)
     if linear.dtype == torch.float32:
         if linear.M <= SKINNY_ROWS:
             return _choose_skinny(linear, pdl)
@@ -292,35 +304,44 @@ def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
 def skips_zeros(linear: Linear) -> bool:
     """Whether "sparse" can compute this, if W is stored (in, out)."""
     block, chunk = _sparse_tile(linear)
-    whole = linear.N % block == 0 and linear.format is None and not linear.gated
-    few = linear.M <= DECODE_ROWS and -(-linear.K // chunk) <= 64
+    units = linear.K // linear.unit
+    whole = linear.N % block == 0 and linear.K % linear.unit == 0 and not linear.gated
+    few = linear.M <= DECODE_ROWS and -(-units // chunk) <= 64
     return whole and few and linear.dtype != torch.float32
 
 
 def pays_to_skip(linear: Linear, density: float) -> bool:
-    """Whether leaving zeros out takes less time than reading all weights, for so many others."""
-    weights = linear.N * linear.K * linear.dtype.itemsize
+    """Whether leaving zeros out takes less time than reading all weights, for one row.
+
+    density: what part of the weights something else multiplies.
+    """
+    bits = linear.dtype.itemsize * 8 if linear.format is None else FORMAT_BITS[linear.format]
+    weights = linear.N * linear.K * bits // 8
     return skips_zeros(linear) and (1 - density) * weights > SPARSE_BYTES
 
 
 def _sparse_tile(linear: Linear) -> tuple[int, int]:
-    """Columns of N and of K of a program: few, so that there are many programs, but a list of its
-    columns of K has its place where its results will be."""
-    most = 512 if linear.M == 1 or linear.K > 64 * 512 else 256
+    """Columns of N and units of columns of K of a program: few, so that there are many programs,
+    but a list of its units has its place where its results will be."""
+    units = linear.K // linear.unit
+    most = 512 if linear.M == 1 or units > 64 * 512 else 256
     block = next((n for n in (512, 256) if n <= most and linear.N % n == 0), 128)
-    chunk = max(triton.next_power_of_2(-(-linear.K // 32)), 256)
+    chunk = max(triton.next_power_of_2(-(-units // 32)), 256 // linear.unit)
     return block, min(chunk, 2 * block)
 
 
 def _choose_sparse(linear: Linear, pdl: bool) -> Plan:
     (block, chunk), one = _sparse_tile(linear), linear.M == 1
+    depth = 32 if one else 16
+    if linear.format == "int4" and one:
+        depth = 8  # of eight columns each
     return Plan(
         kernel="sparse",
         block_m=1 if one else DECODE_ROWS,
         block_n=block,
-        block_k=32 if one else 16,
+        block_k=depth,
         num_stages=1 if one else 2,
-        splits=max(-(-linear.K // chunk), 2),
+        splits=max(-(-(linear.K // linear.unit) // chunk), 2),
         pdl=pdl,
     )
 

@@ -24,7 +24,7 @@ def check(record: dict[str, Any], zeros: list[float]) -> None:
 def test_what_is_measured_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = measure.random_layers(SMALL, torch.float16, "cpu")[:2]
     monkeypatch.setitem(SHAPES, "small", SMALL)
-    monkeypatch.setattr(bench_sparse, "random_layers", lambda *_: layers)
+    monkeypatch.setattr(bench_sparse, "random_layers", lambda *_, **__: layers)
     monkeypatch.setattr(bench_sparse, "ceilings", lambda dtype: Ceilings(1.0, 1.0))
     monkeypatch.setattr(bench_sparse, "versions", dict)
     times = {"dense": Times(3.0, 3.0, 3.0), "skipping": Times(2.0, 2.0, 2.0)}

@@ -15,7 +15,7 @@ from hf_triton_mlp.kernels.quantized_tiled import (
     quantized_tiled_kernel,
 )
 from hf_triton_mlp.kernels.skinny import skinny_linear_kernel
-from hf_triton_mlp.kernels.sparse import sparse_linear_kernel
+from hf_triton_mlp.kernels.sparse import dequantize_columns_kernel, sparse_linear_kernel
 from hf_triton_mlp.kernels.stream import stream_linear_kernel
 from hf_triton_mlp.kernels.tiled import (
     activation_kernel,
@@ -33,6 +33,7 @@ __all__ = [
     "combine_splits_kernel",
     "decode_attention_kernel",
     "decode_linear_kernel",
+    "dequantize_columns_kernel",
     "dequantize_kernel",
     "greatest_logits_kernel",
     "next_token_kernel",

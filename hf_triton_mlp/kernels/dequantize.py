@@ -218,8 +218,8 @@ PACKED_FP8_TO_BFLOAT16 = packed_asm(FP8_TO_BFLOAT16)
 @triton.jit
 def exact_values(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """Bytes of int8 or fp8 in DTYPE, of their shape, in any layout of four or more a thread."""
-    if INTERPRETED:
-        return (codes if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
+    if INTERPRETED:  # which makes bfloat16 of float32 alone
+        return (codes.to(tl.float32) if FORMAT == "int8" else wide_fp8(codes)).to(DTYPE)
     else:
         if DTYPE.is_fp16():
             ASM: tl.constexpr = (
