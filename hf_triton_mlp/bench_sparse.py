@@ -17,7 +17,7 @@ from hf_triton_mlp.bench import fill, new_run, versions
 from hf_triton_mlp.bench_quantized import FORMATS, dequantized_layer, quantized_layer
 from hf_triton_mlp.launchers import MLPWeights, linear_of, plan_linear
 from hf_triton_mlp.measure import CASES, Case, Chain, ceilings, device_times, random_layers
-from hf_triton_mlp.quantization import QuantizedWeight, Weight
+from hf_triton_mlp.quantization import QuantizedWeight, Weight, stored_by_input
 from hf_triton_mlp.tuning import pays_to_skip
 
 #: Of opt-6.7b, whose MLP has the size of bloom-7b1's, and opt-30b.
@@ -99,26 +99,23 @@ def _cell(case: Case, layers: list[MLPWeights], M: int, zeros: float) -> dict[st
     dense = [layer._replace(up_bias=bias) for layer in layers]
     skipping = [layer._replace(down=by_input(layer.down)) for layer in dense]
     down = skipping[0].down
-    linear = linear_of(M, down, False, dtype)
-    there = (_hidden(case, chain, first, bias) > 0).any(0)
-    left, read = (there.view(-1, unit).any(1).float().mean().item() for unit in (1, linear.unit))
+    left = (_hidden(case, chain, first, bias) > 0).any(0).float().mean().item()
     halves = {
         "dense": layer_half(case, dense, (None, None)),
         "skipping": layer_half(case, skipping, (None, None)),
     }
     graphs = {name: chain.capture(half) for name, half in halves.items()}
     times = device_times(graphs, chain.layers)
-    error, own = chain.errors(case, first, halves["skipping"])
+    error, own = chain.errors(case, dense[0], halves["skipping"])
     return {
         "not_zero": round(left, 4),
-        "read": round(read, 4),
         "plan": str(plan_linear(M, down, dtype=dtype, sparse=True)),
         "device_us": {
             name: {k: round(v, 3) for k, v in each._asdict().items()}
             for name, each in times.items()
         },
         "speedup": round(times["dense"].median / times["skipping"].median, 3),
-        "pays": pays_to_skip(linear, read),
+        "pays": pays_to_skip(linear_of(M, down, False, dtype), left),
         "error_over_torch": round(error / own, 2),
         "same_bits": torch.equal(chain.run(halves["skipping"]), chain.run(halves["skipping"])),
     }
@@ -126,14 +123,8 @@ def _cell(case: Case, layers: list[MLPWeights], M: int, zeros: float) -> dict[st
 
 def by_input(weight: Weight) -> Weight:
     """A copy of a weight (out, in) that is stored (in, out)."""
-    if not isinstance(weight, QuantizedWeight):
-        return weight.t().contiguous().t()
-    tensors: dict[str, Any] = {
-        name: None if tensor is None else tensor.t().contiguous().t()
-        for name in ("codes", "scales", "zeros")
-        for tensor in [getattr(weight, name)]
-    }
-    return weight._replace(**tensors)
+    quantized = isinstance(weight, QuantizedWeight)
+    return stored_by_input(weight) if quantized else weight.t().contiguous().t()
 
 
 def _hidden(case: Case, chain: Chain, layer: MLPWeights, bias: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,8 @@ TOKENS = 64
 def hidden_densities(
     model: nn.Module,
     downs: Mapping[str, nn.Module],
-    units: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, float]:
     """What part of the inputs of these down projections is not 0, for one random token at a time.
-
-    units: as for `densities`.
 
     Empty where the model does not compute any: in training, which has a random state that is not
     ours, without a vocabulary, or where it fails.
@@ -32,7 +28,7 @@ def hidden_densities(
     length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
     ids = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0))
     try:
-        return {name: found[1] for name, found in densities(model, downs, ids, units=units).items()}
+        return {name: found[1] for name, found in densities(model, downs, ids).items()}
     except Exception as error:
         logger.warning("no zeros are skipped: the model that would tell how many fails: %s", error)
         return {}
@@ -55,21 +51,19 @@ def densities(
     downs: Mapping[str, nn.Module],
     ids: Tensor,
     batches: tuple[int, ...] = (1,),
-    units: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[int, float]]:
     """For each of the modules, and of the numbers of texts, what part of its input is not 0.
 
     ids: texts (texts, tokens), of which `model` computes all. Of several texts a value counts that
     is not 0 in one of them at the same place; each number divides that of ids. Modules that were
-    not called are missing. units: of modules whose weights are read so many columns at a time; then
-    it is what part of these has an input that is not 0.
+    not called are missing.
     """
     texts, tokens = ids.shape
     found: dict[str, list[Tensor]] = {}
 
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            there = (inputs[0] != 0).reshape(texts, tokens, -1, units.get(name, 1)).any(-1)
+            there = (inputs[0] != 0).reshape(texts, tokens, -1)
             found[name] = [
                 there.unflatten(0, (-1, batch)).any(1).float().mean() for batch in batches
             ]

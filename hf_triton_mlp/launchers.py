@@ -36,7 +36,7 @@ from hf_triton_mlp.kernels import (
     tiled_linear_kernel,
 )
 from hf_triton_mlp.kernels.activations import SPARSE
-from hf_triton_mlp.quantization import INT4_PER_WORD, QuantizedWeight, Weight
+from hf_triton_mlp.quantization import QuantizedWeight, Weight
 from hf_triton_mlp.tma import addressable, describe, describe_weights
 from hf_triton_mlp.tuning import Linear, Plan
 
@@ -623,21 +623,16 @@ def executable(
 
 def skippable(plan: Plan, weight: Weight) -> bool:
     """Whether a plan of "sparse" can read this weight: whole blocks, in vectors of 16 bytes."""
-    N, units = weight.shape[0], units_of(weight)
+    N, K = weight.shape
     matrix = weight.codes if isinstance(weight, QuantizedWeight) else weight
     in_vectors = matrix.stride(1) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0
-    whole = N % plan.block_n == 0 and chunk_of(plan, units) <= 2 * plan.block_n
+    whole = N % plan.block_n == 0 and chunk_of(plan, K) <= 2 * plan.block_n
     return matrix.stride(0) == 1 and in_vectors and whole
 
 
-def units_of(weight: Weight) -> int:
-    """How many units of columns "sparse" reads or leaves out: of an int4's what shares a word."""
-    return weight.codes.shape[1] if isinstance(weight, QuantizedWeight) else weight.shape[1]
-
-
-def chunk_of(plan: Plan, units: int) -> int:
-    """How many units of columns of K a program of "sparse" looks at."""
-    return triton.next_power_of_2(-(-units // plan.splits))
+def chunk_of(plan: Plan, K: int) -> int:
+    """How many columns of K a program of "sparse" looks at."""
+    return triton.next_power_of_2(-(-K // plan.splits))
 
 
 def in_vectors(weight: Weight | None) -> bool:
@@ -810,30 +805,37 @@ def linear_launch(
 
 def sparse_launch(plan: Plan, x: Tensor, weight: Weight, out: Tensor) -> Launch:
     """`linear_launch` of rows of which most values are 0, into parts of sums, out."""
-    (M, _), N, units = x.shape, weight.shape[0], units_of(weight)
-    scales, zeros, stride, kind = None, None, 0, (None, None, 1)
-    if isinstance(weight, QuantizedWeight):
-        codes, scales, zeros = stored(weight)
-        kind, stride, vector = unit_kind(weight), scales.stride(1), 16 // codes.itemsize
-    else:
-        codes, vector = weight, 16 // weight.itemsize
+    (M, K), N = x.shape, weight.shape[0]
+    codes, scales, zeros = (
+        stored(weight) if isinstance(weight, QuantizedWeight) else (weight, None, None)
+    )
+    tensors = x, out, codes, scales, zeros
+    stride = 0 if scales is None else scales.stride(1)
+    scalars = M, N, K, x.stride(0), codes.stride(1), stride
+    # So many threads load what a vector each has of a column.
+    vector = 16 * (8 if codes.dtype == torch.int32 else 1) // codes.itemsize
     constants = (
-        *kind,
+        *format_and_group(weight),
         plan.block_m,
         plan.block_n,
         plan.block_k,
-        chunk_of(plan, units),
+        chunk_of(plan, K),
         plan.num_stages,
         plan.splits,
-        # So many threads load what a vector each has of a unit.
         max(1, 32 * plan.num_warps * vector // plan.block_n),
         plan.pdl,
     )
-    return Launch(
-        sparse_linear_kernel, (N // plan.block_n * plan.splits, 1, 1),
-        (x, out, codes, scales, zeros),
-        (M, N, units, x.stride(0), codes.stride(1), stride), constants, plan.num_warps, 1, plan.pdl,
-    )  # fmt: skip
+    grid = (N // plan.block_n * plan.splits, 1, 1)
+    options = plan.num_warps, 1, plan.pdl
+    return Launch(sparse_linear_kernel, grid, tensors, scalars, constants, *options)
+
+
+def format_and_group(weight: Weight) -> tuple[str | None, int | None]:
+    """Of a QuantizedWeight, the group None for whole rows."""
+    if not isinstance(weight, QuantizedWeight):
+        return None, None
+    whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
+    return weight.format, None if whole_rows else weight.group_size
 
 
 def kernel_format(weight: QuantizedWeight, device: torch.device) -> str:
@@ -992,21 +994,14 @@ def dequantize_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launc
 
 
 def dequantize_columns_launch(weight: QuantizedWeight, first: int, out: Tensor) -> Launch:
-    """`dequantize_launch` of a weight whose columns lie together, as those of out do then."""
-    units, rows, block_k = units_of(weight), out.shape[0], 16
+    """`dequantize_launch` of a weight that is stored by input, as out is then."""
+    (rows, K), block_k = out.shape, 32
     codes, scales, zeros = stored(weight)
-    scalars = first, rows, units, codes.stride(1), scales.stride(1)
-    constants = (*unit_kind(weight), 128, block_k)
-    grid = (rows // 128, -(-units // block_k), 1)
+    scalars = first, rows, K, codes.stride(1), scales.stride(1)
+    constants = (*format_and_group(weight), 128, block_k)
+    grid = (rows // 128, -(-K // block_k), 1)
     tensors = codes, scales, zeros, out
     return Launch(dequantize_columns_kernel, grid, tensors, scalars, constants, 4, 1)
-
-
-def unit_kind(weight: QuantizedWeight) -> tuple[str, int | None, int]:
-    """Its format, the size of its groups, None for whole rows, and the columns of a unit."""
-    whole_rows = weight.scales.shape[1] == 1 and weight.format != "int4"
-    unit = INT4_PER_WORD if weight.format == "int4" else 1
-    return weight.format, None if whole_rows else weight.group_size, unit
 
 
 def scale_units(weight: QuantizedWeight, depth: int) -> tuple[int | None, int]:

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp.quantization import QuantizationConfig, QuantizedWeight, blank, quantize
+from hf_triton_mlp.quantization import (
+    QuantizationConfig,
+    QuantizedWeight,
+    blank,
+    quantize,
+    stored_by_input,
+    stored_by_output,
+)
 from hf_triton_mlp.reading import read_projection
 
 #: The tensors of a QuantizedWeight, as QuantizedLinear names them.
@@ -87,10 +94,13 @@ class QuantizedLinear(nn.Module):
             original=type(linear),
         )
         if not values.is_meta:
-            quantized = quantize(values, config)
-            for name in STORED:
-                setattr(found, name, getattr(quantized, name))
+            found.store(quantize(values, config))
         return found.train(linear.training)
+
+    def store(self, weight: QuantizedWeight) -> None:
+        """Hold the tensors of this weight."""
+        for name in STORED:
+            setattr(self, name, getattr(weight, name))
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -144,6 +154,23 @@ class QuantizedLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.codes.device)).dtype
         with keeping_dtypes(self, STORED):
             return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """A checkpoint has the weight as it was quantized."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.quantized.by_input:
+            weight = stored_by_output(self.quantized)
+            for name in STORED:
+                if getattr(weight, name) is not None:
+                    destination[prefix + name] = getattr(weight, name)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        by_input = self.quantized.by_input
+        if by_input:
+            self.store(stored_by_output(self.quantized))
+        super()._load_from_state_dict(*args, **kwargs)
+        if by_input:
+            self.store(stored_by_input(self.quantized))
 
     def extra_repr(self) -> str:
         return (

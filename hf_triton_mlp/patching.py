@@ -68,8 +68,7 @@ class PatchRow:
     meta device, where parts are called, not read, and where there was no memory for a wider copy.
     weights: the format of quantized ones (and of rows that become fp8 too), their bytes as they
     were and as they are; else "".
-    density: what part of the down projection something else than 0 multiplied, for one token, where
-    the rest is not read.
+    density: what part of the MLP's hidden values was not 0, where those that are get skipped.
     """
 
     layer: str
@@ -612,8 +611,7 @@ def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
         if linear is not None and pays_to_skip(linear, 0.0)
     }
     downs = {name: down for name, (down, _) in could.items()}
-    units = {name: linear.unit for name, (_, linear) in could.items()}
-    found = hidden_densities(model, downs, units) if could else {}
+    found = hidden_densities(model, downs) if could else {}
     pays = {name for name, density in found.items() if pays_to_skip(could[name][1], density)}
     return [
         replace(swap, density=found[swap.name]) if swap.name in pays else swap for swap in swaps

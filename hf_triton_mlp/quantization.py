@@ -96,7 +96,9 @@ class QuantizedWeight(NamedTuple):
     codes: int8 or float8_e4m3fn (out, in), or int4 in words, int32 (out, ⌈in / 8⌉).
     scales: (out, groups), float32 for whole rows, else bfloat16; zeros: (out, groups), float16, or
     None. shape: (out, in); group_size: `in` for whole rows. activations: as in QuantizationConfig.
-    All are stored by rows, or all by columns (`by_input`), which skips what zeros multiply.
+    Or, `stored_by_input`, all that one input multiplies lies together, and what zeros multiply need
+    not be read: the same tensors with the strides of (in, out), but int4 codes in words of eight
+    outputs, (⌈out / 8⌉, in).
     """
 
     codes: Tensor
@@ -113,7 +115,7 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def by_input(self) -> bool:
-        """Whether the codes of a column, all that one input multiplies, lie together."""
+        """Whether all that one input multiplies lies together."""
         return self.codes.stride(1) != 1
 
     @property
@@ -147,7 +149,10 @@ class QuantizedWeight(NamedTuple):
         return (values * self._spread(scales)).to(dtype)
 
     def _int4_values(self) -> Tensor:
-        codes = unpack_int4(self.codes, self.shape[1]).float()
+        out, size = self.shape
+        in_words = (self.codes.t(), out) if self.by_input else (self.codes, size)
+        codes = unpack_int4(*in_words).float()
+        codes = codes.t() if self.by_input else codes
         return codes if self.zeros is not None else codes - INT4_OFFSET
 
     def _spread(self, of_groups: Tensor) -> Tensor:
@@ -349,7 +354,38 @@ def unpack_int4(words: Tensor, size: int) -> Tensor:
     """The codes (out, size), uint8, of `pack_int4`'s words."""
     shifts = torch.tensor(INT4_SHIFTS, dtype=torch.int32, device=words.device)
     codes = (words[:, :, None] >> shifts) & (INT4_CODES - 1)
-    return codes.reshape(words.shape[0], -1)[:, :size].to(torch.uint8)
+    return codes.view(words.shape[0], -1)[:, :size].to(torch.uint8)
+
+
+def stored_by_input(weight: QuantizedWeight) -> QuantizedWeight:
+    """A copy of a weight that was stored as it was quantized; out is whole words of int4."""
+    assert not weight.by_input and weight.shape[0] % INT4_PER_WORD == 0
+    return _stored(weight, weight.shape[1])
+
+
+def stored_by_output(weight: QuantizedWeight) -> QuantizedWeight:
+    """Undo `stored_by_input`."""
+    assert weight.by_input
+    return _stored(weight, weight.shape[0])
+
+
+def _stored(weight: QuantizedWeight, size: int) -> QuantizedWeight:
+    """A weight stored the other way; size: of what is in words now."""
+    first = weight.codes.t() if weight.by_input else weight.codes
+    if weight.format == "int4":
+        # A code takes many bytes on the way, so that a few words of each row are taken at a time.
+        count = max(1, CHUNK_BYTES // (64 * INT4_PER_WORD * len(first)))
+        lengths = [min(count * INT4_PER_WORD, size - at) for at in range(0, size, count * 8)]
+        parts = zip(first.split(count, dim=1), lengths, strict=True)
+        codes = torch.cat([pack_int4(unpack_int4(words, n).t()) for words, n in parts])
+    else:
+        codes = first.t().contiguous()
+    tensors = {"codes": codes if weight.by_input else codes.t()}
+    for name in ("scales", "zeros"):
+        tensor = getattr(weight, name)
+        if tensor is not None:
+            tensors[name] = tensor.contiguous() if weight.by_input else tensor.t().contiguous().t()
+    return weight._replace(**tensors)
 
 
 def from_flat_groups(

@@ -3,13 +3,19 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_triton_mlp.quantization import QuantizedWeight, Weight
+from hf_triton_mlp.quantization import (
+    INT4_PER_WORD,
+    QuantizedWeight,
+    Weight,
+    stored_by_input,
+    stored_by_output,
+)
 
 #: What norms name the number that they add to the variance.
 EPSILONS = ("eps", "variance_epsilon")
@@ -178,35 +184,30 @@ def store_for_zeros(linear: nn.Module) -> bool:
     read = read_projection(linear)
     if read is None or full_name(type(linear)) in LINEARS:
         return False
-    stored = _stored(linear)
-    if any(t.untyped_storage().nbytes() != t.nbytes for t in stored):
-        return False
-    if isinstance(read[0], QuantizedWeight):
-        if read[0].activations is not None:  # whose products are of rows of codes
-            return False
-    elif not read[0].isfinite().all():
+    weight, module = read[0], cast(Any, linear)
+    if isinstance(weight, QuantizedWeight):
+        if weight.activations is not None or weight.shape[0] % INT4_PER_WORD:
+            return False  # its products are of rows of codes, or its words not of whole outputs
+        module.store(stored_by_input(weight))
+        return True
+    if weight.untyped_storage().nbytes() != weight.nbytes or not weight.isfinite().all():
         return False
     with torch.inference_mode(False):
-        for tensor in stored:
-            by_input = tensor.data if type(linear) is Conv1D else tensor.data.t()
-            by_input = by_input.contiguous()
-            tensor.data = by_input if type(linear) is Conv1D else by_input.t()
+        by_input = weight.data.t().contiguous()
+        module.weight.data = by_input if type(linear) is Conv1D else by_input.t()
     return True
 
 
 def store_as_before(linear: nn.Module) -> None:
     """Undo `store_for_zeros`, if the weight is still there."""
-    for tensor in _stored(linear):
-        if not tensor.is_contiguous():
-            with torch.inference_mode(False):
-                tensor.data = tensor.data.contiguous()
-
-
-def _stored(linear: nn.Module) -> list[Tensor]:
-    """The matrices that a linear layer's weight is stored as."""
-    names = ("codes", "scales", "zeros") if full_name(type(linear)) == QUANTIZED else ("weight",)
-    found = {**linear._parameters, **linear._buffers}
-    return [tensor for name in names if (tensor := found.get(name)) is not None]
+    if full_name(type(linear)) == QUANTIZED:
+        if linear.quantized.by_input:  # pyright: ignore
+            linear.store(stored_by_output(linear.quantized))  # pyright: ignore
+        return
+    weight = linear._parameters.get("weight")
+    if weight is not None and not weight.is_contiguous():
+        with torch.inference_mode(False):
+            weight.data = weight.data.contiguous()
 
 
 def store_by_input(module: nn.Module, names: list[str]) -> None:

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hf_triton_mlp.quantization import INT4_PER_WORD
-
 logger = logging.getLogger(__name__)
 
 #: Kernels use tensor-core types and bfloat16, which Ampere introduced.
@@ -213,11 +211,6 @@ class Linear(NamedTuple):
     sparse: bool = False
 
     @property
-    def unit(self) -> int:
-        """How many columns of W are read together: an int4's share words."""
-        return INT4_PER_WORD if self.format == "int4" else 1
-
-    @property
     def key(self) -> str:
         """Its name in a table, where numbers of rows are powers of two up to 8192."""
         rows = min(1 << (self.M - 1).bit_length(), 8192)
@@ -304,9 +297,8 @@ def _choose_skinny(linear: Linear, pdl: bool) -> Plan:
 def skips_zeros(linear: Linear) -> bool:
     """Whether "sparse" can compute this, if W is stored (in, out)."""
     block, chunk = _sparse_tile(linear)
-    units = linear.K // linear.unit
-    whole = linear.N % block == 0 and linear.K % linear.unit == 0 and not linear.gated
-    few = linear.M <= DECODE_ROWS and -(-units // chunk) <= 64
+    whole = linear.N % block == 0 and not linear.gated
+    few = linear.M <= DECODE_ROWS and -(-linear.K // chunk) <= 64
     return whole and few and linear.dtype != torch.float32
 
 
@@ -321,27 +313,23 @@ def pays_to_skip(linear: Linear, density: float) -> bool:
 
 
 def _sparse_tile(linear: Linear) -> tuple[int, int]:
-    """Columns of N and units of columns of K of a program: few, so that there are many programs,
-    but a list of its units has its place where its results will be."""
-    units = linear.K // linear.unit
-    most = 512 if linear.M == 1 or units > 64 * 512 else 256
+    """Columns of N and of K of a program: few, so that there are many programs, but a list of its
+    columns of K has its place where its results will be."""
+    most = 512 if linear.M == 1 or linear.K > 64 * 512 else 256
     block = next((n for n in (512, 256) if n <= most and linear.N % n == 0), 128)
-    chunk = max(triton.next_power_of_2(-(-units // 32)), 256 // linear.unit)
+    chunk = max(triton.next_power_of_2(-(-linear.K // 32)), 256)
     return block, min(chunk, 2 * block)
 
 
 def _choose_sparse(linear: Linear, pdl: bool) -> Plan:
     (block, chunk), one = _sparse_tile(linear), linear.M == 1
-    depth = 32 if one else 16
-    if linear.format == "int4" and one:
-        depth = 8  # of eight columns each
     return Plan(
         kernel="sparse",
         block_m=1 if one else DECODE_ROWS,
         block_n=block,
-        block_k=depth,
+        block_k=32 if one else 16,
         num_stages=1 if one else 2,
-        splits=max(-(-(linear.K // linear.unit) // chunk), 2),
+        splits=max(-(-linear.K // chunk), 2),
         pdl=pdl,
     )
 
