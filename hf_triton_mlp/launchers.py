@@ -822,7 +822,7 @@ def sparse_launch(plan: Plan, x: Tensor, weight: Weight, out: Tensor) -> Launch:
         chunk_of(plan, K),
         plan.num_stages,
         plan.splits,
-        max(1, 32 * plan.num_warps * vector // plan.block_n),
+        min(max(32 * plan.num_warps * vector // plan.block_n, 1), plan.block_k),
         plan.pdl,
     )
     grid = (N // plan.block_n * plan.splits, 1, 1)

@@ -320,7 +320,7 @@ def _quantized(
     if scales is None:
         return codes
     activations = "fp8" if fp8_rows else None
-    return QuantizedWeight(codes, scales, zeros, (codes.shape[0], size), group_size, activations)
+    return QuantizedWeight(codes, scales, zeros, (len(scales), size), group_size, activations)
 
 
 def _mlp_gemm(
@@ -442,7 +442,7 @@ def _vector_matmul(
     if not kernels_apply(input):
         return product(input, matrix, bias)
     with on_device(input):
-        return linear(rows(input), matrix, bias).view(*input.shape[:-1], weight.shape[0])
+        return linear(rows(input), matrix, bias).view(*input.shape[:-1], matrix.shape[0])
 
 
 def _residual_add(
@@ -499,8 +499,15 @@ def _like_input(input: Tensor, *arguments: object) -> Tensor:
     return torch.empty(input.shape, dtype=input.dtype, device=input.device)
 
 
-def _like_product(input: Tensor, weight: Tensor, *arguments: object) -> Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+def _like_product(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scales: Tensor | None = None,
+    *arguments: object,
+) -> Tensor:
+    outputs = len(weight if scales is None else scales)
+    return input.new_empty((*input.shape[:-1], outputs))
 
 
 _run_mlp_gemm = _operation(_mlp_gemm, _like_input)

@@ -71,9 +71,11 @@ MEASURED = {"H100": "h100.json", "H200": "h100.json"}
 #: As many bytes, the same matrix units: a plan for the one will do for the other.
 SAME_SPEED = {torch.float16: (torch.bfloat16,), torch.bfloat16: (torch.float16,)}
 
-#: So many bytes not read pay for finding out what need not be: on an H100 that takes as long as 30
-#: MB, for opt-6.7b 9.5 µs; rather more, since several texts have fewer zeros in common.
-SPARSE_BYTES = 40_000_000
+#: Skipping zeros: what a column that is read costs, over what it costs where all are, and how many
+#: bytes that leaves have to be saved. On an H100 lists, and parts of sums, take as long as 30, 24
+#: and 12 MB; rather more, since several texts have fewer zeros in common.
+SPARSE_COST = {None: 1, "int8": 2, "fp8": 2, "int4": 8}
+SPARSE_BYTES = {None: 40_000_000, "int8": 30_000_000, "fp8": 30_000_000, "int4": 15_000_000}
 
 KERNELS = (
     "skinny",
@@ -173,6 +175,8 @@ class Plan:
             raise ValueError(f"{self.kernel!r} is no kernel for {M} rows of {dtype}")
         if self.kernel == "sparse" and (self.block_m not in (1, DECODE_ROWS) or self.splits == 1):
             raise ValueError(f"'sparse' has 1 or {DECODE_ROWS} rows, and splits, found {self}")
+        if self.kernel == "sparse" and (self.block_n < 128 or self.block_k < 16):
+            raise ValueError(f"'sparse' has tiles of 128 columns, 16 deep, or more, found {self}")
         if self.kernel == "stream":
             # What a warp multiplies at once: 8 rows, 8 columns, 32 deep.
             least_of = {"block_m": 8, "block_n": 8, "block_k": 32 * self.num_warps}
@@ -303,32 +307,37 @@ def skips_zeros(linear: Linear) -> bool:
 
 
 def pays_to_skip(linear: Linear, density: float) -> bool:
-    """Whether leaving zeros out takes less time than reading all weights, for one row.
-
-    density: what part of the weights something else multiplies.
-    """
+    """Whether leaving zeros out takes less time than reading all weights, for so many others."""
     bits = linear.dtype.itemsize * 8 if linear.format is None else FORMAT_BITS[linear.format]
     weights = linear.N * linear.K * bits // 8
-    return skips_zeros(linear) and (1 - density) * weights > SPARSE_BYTES
+    saved = (1 - SPARSE_COST[linear.format] * density) * weights
+    return skips_zeros(linear) and saved > SPARSE_BYTES[linear.format]
 
 
 def _sparse_tile(linear: Linear) -> tuple[int, int]:
     """Columns of N and of K of a program: few, so that there are many programs, but a list of its
     columns of K has its place where its results will be."""
-    most = 512 if linear.M == 1 or linear.K > 64 * 512 else 256
+    deep = 64 * (512 if linear.format is None else 256)
+    most = 512 if _by_fma(linear) or deep < linear.K else 256
     block = next((n for n in (512, 256) if n <= most and linear.N % n == 0), 128)
     chunk = max(triton.next_power_of_2(-(-linear.K // 32)), 256)
     return block, min(chunk, 2 * block)
 
 
+def _by_fma(linear: Linear) -> bool:
+    """Whether "sparse" multiplies one row by FMA: codes are worth more work than that."""
+    return linear.M == 1 and linear.format is None
+
+
 def _choose_sparse(linear: Linear, pdl: bool) -> Plan:
-    (block, chunk), one = _sparse_tile(linear), linear.M == 1
+    (block, chunk), one, int4 = _sparse_tile(linear), _by_fma(linear), linear.format == "int4"
     return Plan(
         kernel="sparse",
         block_m=1 if one else DECODE_ROWS,
         block_n=block,
         block_k=32 if one else 16,
-        num_stages=1 if one else 2,
+        num_warps=8 if int4 and block == 512 else 4,
+        num_stages=1 if one or int4 else 2,
         splits=max(-(-linear.K // chunk), 2),
         pdl=pdl,
     )

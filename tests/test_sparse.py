@@ -199,6 +199,12 @@ def test_weights_are_stored_for_zeros_and_back() -> None:
         assert not store_for_zeros(layer) and layer.weight.stride() == strides
 
 
+def pays_from(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let small layers skip zeros, from so many bytes on that need not be read."""
+    monkeypatch.setattr(tuning, "SPARSE_BYTES", dict.fromkeys(tuning.SPARSE_BYTES, size))
+    monkeypatch.setattr(tuning, "SPARSE_COST", dict.fromkeys(tuning.SPARSE_COST, 1))
+
+
 def opt(**changes: Any) -> OPTForCausalLM:
     torch.manual_seed(0)
     config = OPTConfig(
@@ -241,7 +247,7 @@ def test_densities_of_what_computes_none(caplog: pytest.LogCaptureFixture) -> No
 @with_kernels
 @pytest.mark.parametrize("before", [False] if INTERPRETED else [True, False])
 def test_patched_models_skip_zeros(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "SPARSE_BYTES", 40_000)
+    pays_from(monkeypatch, 40_000)
     model = opt(do_layer_norm_before=before)
     original, ids = copy.deepcopy(model), torch.arange(6, device=model.device)[None]
     state = copy.deepcopy(model.state_dict())
@@ -276,7 +282,7 @@ def test_patched_models_skip_zeros(before: bool, monkeypatch: pytest.MonkeyPatch
 @with_kernels
 @pytest.mark.parametrize("name", ["opt-pre-norm", "opt-post-norm"][: 1 if INTERPRETED else 2])
 def test_trained_models_write_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "SPARSE_BYTES", 0)
+    pays_from(monkeypatch, 0)
     model = OPTForCausalLM.from_pretrained(CHECKPOINTS / name, dtype=torch.float16)
     model = model.to(DEVICE).eval()
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINTS / name)
@@ -291,7 +297,7 @@ def test_trained_models_write_the_same(name: str, monkeypatch: pytest.MonkeyPatc
 @with_kernels
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
 def test_quantized_models_skip_zeros(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "SPARSE_BYTES", 8_000)
+    pays_from(monkeypatch, 8_000)
     model, ids = opt(), torch.arange(6)[None]
     ids = ids.to(model.device)
     patch_model(model, quantization=quantization, sparsity="off", verify=False, keep_originals=True)
@@ -317,7 +323,7 @@ def test_quantized_models_skip_zeros(quantization: str, monkeypatch: pytest.Monk
 @with_kernels
 def test_quantizing_what_skips(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that is quantized after it was patched reads all its weights."""
-    monkeypatch.setattr(tuning, "SPARSE_BYTES", 40_000)
+    pays_from(monkeypatch, 40_000)
     model = opt()
     strides = [p.stride() for p in model.parameters()]
     patch_model(model, verify=not INTERPRETED)

@@ -18,7 +18,13 @@ from hf_triton_mlp.autotune import Measured, candidates, cases_of, linears
 from hf_triton_mlp.launchers import NO_SUMMANDS, linear_of
 from hf_triton_mlp.measure import CASES, Case, random_layers
 from hf_triton_mlp.proof import QUANTIZED_ROWS
-from hf_triton_mlp.quantization import QuantizedWeight, quantize
+from hf_triton_mlp.quantization import (
+    QuantizationConfig,
+    QuantizedWeight,
+    blank,
+    quantize,
+    stored_by_input,
+)
 from hf_triton_mlp.quantizer import quantization_of
 from hf_triton_mlp.tuning import Linear, Plan, choose, parse, save
 
@@ -108,6 +114,8 @@ def test_decode_needs_few_launches() -> None:
         ({"kernel": "sparse", "block_m": 8, "splits": 2}, 8, "'sparse' has 1 or 16 rows"),
         ({"kernel": "sparse", "block_m": 16}, 4, "and splits, found sparse"),
         ({"kernel": "sparse", "splits": 2}, 2, "'sparse' is no kernel for 2 rows"),
+        ({"kernel": "sparse", "splits": 2, "block_n": 64}, 1, "tiles of 128 columns"),
+        ({"kernel": "sparse", "splits": 2, "block_n": 128, "block_k": 8}, 1, "16 deep"),
         ({"pdl": 1}, 1, "pdl must be true or false, found 1"),
     ],
 )
@@ -119,9 +127,10 @@ def test_a_plan_that_cannot_run(change: dict[str, Any], rows: int, text: str) ->
 @pytest.mark.parametrize(
     ("N", "K"), [(768, 3072), (2048, 8192), (4096, 16384), (7168, 28672), (9216, 36864), (128, 300)]
 )
-def test_plans_that_skip_zeros(N: int, K: int) -> None:
+@pytest.mark.parametrize("format", [None, "int8", "fp8", "int4"])
+def test_plans_that_skip_zeros(format: str | None, N: int, K: int) -> None:
     for M in range(1, 18):
-        linear = Linear(M, N, K, HALF, k_contiguous=False, sparse=True)
+        linear = Linear(M, N, K, HALF, k_contiguous=False, format=format, sparse=True)
         plan = choose(linear, HOPPER)
         assert (plan.kernel == "sparse") == (M <= 16)
         for other in (
@@ -133,6 +142,9 @@ def test_plans_that_skip_zeros(N: int, K: int) -> None:
         if M <= 16:
             plan.check(M, HALF)
             weight = torch.empty((K, N), dtype=HALF, device="meta").t()
+            if format is not None:
+                config = QuantizationConfig(format=format)  # pyright: ignore
+                weight = stored_by_input(blank((N, K), config, "meta"))
             assert launchers.skippable(plan, weight)
             assert launchers.chunk_of(plan, K) * (plan.splits - 1) < K
             assert " sparse " in linear.key
@@ -140,8 +152,15 @@ def test_plans_that_skip_zeros(N: int, K: int) -> None:
 
 def test_when_it_pays_to_skip_zeros() -> None:
     """Not for small weights, nor for few zeros."""
-    for N, K, most in ((768, 3072, 0.0), (2048, 8192, 0.0), (4096, 16384, 0.70)):
-        linear = Linear(1, N, K, HALF)
+    for N, K, most, format in (
+        (768, 3072, 0.0, None),
+        (2048, 8192, 0.0, None),
+        (4096, 16384, 0.70, None),
+        (4096, 16384, 0.27, "int8"),
+        (4096, 16384, 0.06, "int4"),
+        (7168, 28672, 0.10, "int4"),
+    ):
+        linear = Linear(1, N, K, HALF, format=format)
         assert not tuning.pays_to_skip(linear, 1.0)
         assert not tuning.pays_to_skip(linear, most + 0.01)
         assert most == 0.0 or tuning.pays_to_skip(linear, most - 0.01)
