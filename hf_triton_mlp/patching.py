@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from hf_triton_mlp import decoding, proof, structure
@@ -355,6 +356,7 @@ def _check_layer(
 ) -> _Swap:
     """Everything that could go wrong with a layer goes wrong here, before any is changed."""
     depth = _depth(spec, depth)
+    _check_whole(spec, name, layer)
     if depth == "mlp" and spec.mlp is None:
         raise ValueError(
             f"{name}: {short(spec.layer_class)} computes its MLP inline, so there is no module "
@@ -428,6 +430,25 @@ def _norm_class(spec: MLPSpec) -> type[nn.Module] | None:
     """spec.norm_class, which is loaded where its family is; None if it is not."""
     module, _, name = spec.norm_class.rpartition(".")
     return getattr(sys.modules.get(module), name, None)
+
+
+def _check_whole(spec: MLPSpec, name: str, layer: nn.Module) -> None:
+    """Refuse weights of which this process holds a part, by somebody else's rules."""
+    projections = zip(spec.paths, filter(None, spec.projections(layer)), strict=True)
+    for path, module in (*projections, *spec.norms(layer).items()):
+        for key, parameter in module._parameters.items():
+            found = None
+            if isinstance(parameter, DTensor):
+                found = f"a DTensor, {' '.join(map(str, parameter.placements))}"
+            elif path in spec.paths and key == "weight" and parameter is not None:
+                if parameter.dim() != 2 and read_projection(module) is not None:
+                    found = f"{tuple(parameter.shape)}, not a matrix"
+            if found is not None:
+                raise ValueError(
+                    f"{name}: {path}.{key} is {found}: the model is sharded, by transformers "
+                    "(tp_plan) or FSDP, say; supported are whole weights, and FSDP around a model "
+                    "that is patched already"
+                )
 
 
 def _check_forward(name: str, module: nn.Module) -> None:

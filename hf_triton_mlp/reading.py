@@ -83,10 +83,16 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
 
 
 def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
-    """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
+    """(weight, bias) of a module, None if either must not be read.
+
+    A tensor subclass (quantized, distributed), or no parameter or buffer: FSDP's views of what it
+    has gathered for a call are attributes.
+    """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     plain = (nn.Parameter, Tensor, type(None))
     if type(weight) not in plain or type(bias) not in plain:
+        return None
+    if any(isinstance(module.__dict__.get(name), Tensor) for name in ("weight", "bias")):
         return None
     return weight, bias  # pyright: ignore[reportReturnType]
 

@@ -1,0 +1,215 @@
+"""Models that somebody else has sharded, by transformers' tp_plan or FSDP: refused, or right."""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models as tiny
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from hf_triton_mlp import TritonMLP, patch_model, patch_report
+
+RANKS = 2
+SECONDS = 120
+
+#: A float32 sum in another order.
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+PLANS: dict[str, Any] = {
+    "llama": "auto",
+    "opt": {"model.decoder.layers.*.fc1": "colwise", "model.decoder.layers.*.fc2": "rowwise"},
+}
+OPT_ATTENTION = {
+    f"model.decoder.layers.*.self_attn.{name}_proj": "colwise_gather_output" for name in "qkv"
+}
+
+
+def build(family: str) -> Any:
+    """Of a size that divides, as torch's own tensor parallelism needs it."""
+    return tiny.build(family, **{"ffn_dim" if family == "opt" else "intermediate_size": 52})
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**tiny.batch()).logits
+
+
+def loaded(family: str, folder: Path, plan: Any) -> Any:
+    """A tiny checkpoint, as transformers shards it."""
+    config = DistributedConfig(tp_size=RANKS, tp_plan=plan)
+    path = folder / family
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=config).eval()
+
+
+def assert_refused(model: Any, named: str) -> None:
+    """patch_model names what it found and leaves the model as it was, and right."""
+    expected = logits(model)
+    before = tiny.tree(model)
+    with pytest.raises(ValueError, match="sharded") as error:
+        patch_model(model)
+    assert named in str(error.value), error.value
+    assert tiny.tree(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+def tp_plan(family: str, folder: Path) -> None:
+    model = loaded(family, folder, PLANS[family])
+    torch.testing.assert_close(logits(model), logits(build(family)), **CLOSE)
+    name = next(name for name, _ in model.named_modules() if name.endswith("layers.0"))
+    up = tiny.PLACES[family].projections[0].rpartition(".")[2]
+    assert_refused(model, f"{name}: {up}.weight is a DTensor, S(0)")
+
+
+def attention_alone(family: str, folder: Path) -> None:
+    """The MLPs are whole, and patched as ever."""
+    model = loaded(family, folder, OPT_ATTENTION)
+    patch_model(model)
+    assert {(row.verified, row.reason) for row in patch_report(model).rows} == {("yes", "")}
+    torch.testing.assert_close(logits(model), logits(build(family)), **CLOSE)
+
+
+def each_layer(family: str, model: Any) -> Any:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in tiny.decoder_layers(family, model):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(family: str, model: Any) -> Any:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+
+
+def first_fsdp(family: str, model: Any) -> Any:
+    layers = {type(layer) for layer in tiny.decoder_layers(family, model)}
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy(layers),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+
+
+def torch_tp(family: str, model: Any) -> Any:
+    """What torch itself has for tensor parallelism: forward hooks and DTensors."""
+    up, down = tiny.PLACES[family].projections
+    plan = {up: ColwiseParallel(), down: RowwiseParallel()}
+    if tiny.PLACES[family].gate is not None:
+        plan[tiny.PLACES[family].gate] = ColwiseParallel()
+    for layer in tiny.decoder_layers(family, model):
+        parallelize_module(layer, init_device_mesh("cpu", (RANKS,)), plan)
+    return model
+
+
+SHARD = {"fsdp2": each_layer, "fsdp2-root": whole, "fsdp1": first_fsdp, "torch-tp": torch_tp}
+
+
+def sharded_first(family: str, shard: str) -> None:
+    model = SHARD[shard](family, build(family))
+    assert_refused(model, "weight is ")
+    torch.testing.assert_close(logits(model), logits(build(family)), **CLOSE)
+
+
+def patched_first(family: str, shard: str) -> None:
+    expected = logits(build(family))
+    model = SHARD[shard](family, tiny.prove(patch_model(build(family))))
+    mlps = [module for module in model.modules() if isinstance(module, TritonMLP)]
+    assert len(mlps) == tiny.LAYERS
+    if shard in ("torch-tp", "fsdp1"):  # their parts are called
+        for mlp in mlps:
+            mlp.proving = False
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+
+def views(family: str) -> None:
+    """The first FSDP's weights are views of what it gathers, here one time, there another."""
+    expected = logits(build(family))
+    layers = {type(layer) for layer in tiny.decoder_layers(family, build(family))}
+    model = FullyShardedDataParallel(
+        patch_model(build(family)),
+        auto_wrap_policy=ModuleWrapPolicy(layers),
+        device_id=torch.device("cpu"),
+    )
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    rows = patch_report(model).rows
+    assert all(row.reason.startswith("not plain, so called") for row in rows), rows
+
+
+CASES: dict[str, Callable[[Path], None]] = {
+    **{f"tp_plan-{family}": lambda path, f=family: tp_plan(f, path) for family in PLANS},
+    "tp_plan-attention": lambda path: attention_alone("opt", path),
+    **{
+        f"{name}-{shard}-{family}": lambda path, d=do, f=family, s=shard: d(f, s)
+        for name, do in (("sharded first", sharded_first), ("patched first", patched_first))
+        for shard in SHARD
+        for family in ("llama", "opt")
+        if (name, shard) != ("sharded first", "fsdp2-root")
+    },
+    "views": lambda path: views("opt"),
+}
+
+
+def rank_main(rank: int, folder: Path, results: Any) -> None:
+    """All cases on one rank; puts (rank, case, traceback or "") for each."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=RANKS,
+        timeout=timedelta(seconds=SECONDS),
+    )
+    for name, case in CASES.items():
+        try:
+            case(folder)
+            results.put((rank, name, ""))
+        except BaseException:
+            results.put((rank, name, traceback.format_exc()))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """What each case said on each rank."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for family in PLANS:
+        build(family).save_pretrained(folder / family)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ranks = [
+        context.Process(target=rank_main, args=(rank, folder, results), daemon=True)
+        for rank in range(RANKS)
+    ]
+    for process in ranks:
+        process.start()
+    said: dict[str, list[str]] = {name: [] for name in CASES}
+    for _ in range(RANKS * len(CASES)):
+        rank, name, text = results.get(timeout=SECONDS)
+        said[name].append(f"rank {rank}: {text}" if text else "")
+    for process in ranks:
+        process.join(SECONDS)
+    return said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_by_others(case: str, found: dict[str, list[str]]) -> None:
+    assert found[case] == [""] * RANKS, "\n".join(found[case])
