@@ -41,8 +41,10 @@ OPT_ATTENTION = {
 
 
 def build(family: str) -> Any:
-    """Of a size that divides, as torch's own tensor parallelism needs it."""
-    return tiny.build(family, **{"ffn_dim" if family == "opt" else "intermediate_size": 52})
+    """Of sizes that divide, as torch's own tensor parallelism needs them."""
+    return tiny.build(
+        family, **{"ffn_dim" if family == "opt" else "intermediate_size": 52}, vocab_size=98
+    )
 
 
 def logits(model: Any) -> torch.Tensor:
