@@ -32,7 +32,7 @@ from hf_triton_mlp.launchers import (
     split_parts,
 )
 from hf_triton_mlp.quantization import Weight
-from hf_triton_mlp.reading import EPSILONS, QUANTIZED, full_name, has_own_forward
+from hf_triton_mlp.reading import EPSILONS, QUANTIZED, full_name, runs_its_class
 from hf_triton_mlp.tuning import DECODE_ROWS, Plan
 
 #: How many numbers of rows (and kinds of calls) launches are bound for; older ones are dropped.
@@ -78,9 +78,12 @@ class BoundMLP:
         Given `normed`, the MLP of that, plus input and residual.
 
         None when no launches are bound for such a call: another number of rows, tensors that are
-        not contiguous or not aligned, another current device, a profiler that wants to see
-        launches. early: as in `TritonMLP.forward`.
+        not contiguous or not aligned, a profiler that wants to see launches. early: as in
+        `TritonMLP.forward`.
         """
+        if torch._C._cuda_getDevice() != self.device_index:
+            with torch.cuda.device(self.device_index):
+                return self(input, residual, early, normed)
         x = input.data_ptr()
         r = None if residual is None else residual.data_ptr()
         u = None if normed is None else normed.data_ptr()
@@ -92,7 +95,6 @@ class BoundMLP:
             or not input.is_contiguous()
             or (residual is not None and not residual.is_contiguous())
             or (normed is not None and not normed.is_contiguous())
-            or torch._C._cuda_getDevice() != self.device_index
             or runtime.launch_enter_hook.calls
             or runtime.launch_exit_hook.calls
         ):
@@ -329,7 +331,7 @@ class BoundParts:
                 type(module) is not cls
                 or state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
-                or ("forward" in state and has_own_forward(module))
+                or ("forward" in state and not runs_its_class(module))
             ):
                 return False
         for tensors, name, t, address, dtype, shape, strides in self.tensors:

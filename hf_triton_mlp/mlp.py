@@ -480,7 +480,7 @@ class TritonMLP(StandIn):
         if not normed and residual_norm is None and bias is not None:
             raise ValueError("bias needs a norm or residual_norm: without, there is no sum for it")
 
-        weights = self._weights(norm, projections, branch_norms)
+        weights = self._weights(input.device, norm, projections, branch_norms)
         parts = norm, projections, branch_norms
         if weights is not None:
             self._check_place(input, projections)
@@ -537,7 +537,7 @@ class TritonMLP(StandIn):
             input, norm, projections, branch_norms
         )
         if not bound:
-            weights = self._weights(norm, projections, branch_norms)
+            weights = self._weights(input.device, norm, projections, branch_norms)
             if weights is None or needs_grad(input, *weights):
                 assert not self.proving, "only what is read can be proven"
                 return None
@@ -662,11 +662,15 @@ class TritonMLP(StandIn):
 
     def _weights(
         self,
+        device: torch.device,
         norm: nn.Module | None,
         projections: Projections | None,
-        branch_norms: BranchNorms | None = None,
+        branch_norms: BranchNorms | None,
     ) -> MLPWeights | None:
-        """The tensors that the kernels may read; None when a part has to be called."""
+        """The tensors that the kernels may read; None when a part has to be called.
+
+        device: the input's; parts that would move it have to be called where they are on another.
+        """
         config = self.mlp_config
         if self.owns_weights:
             if norm is not None or branch_norms is not None:
@@ -707,7 +711,7 @@ class TritonMLP(StandIn):
             )
             if attention_norm_weight is None or output_norm_weight is None:
                 return None
-        return MLPWeights(
+        found = MLPWeights(
             up_read[0],
             down_read[0],
             up_read[1],
@@ -717,6 +721,11 @@ class TritonMLP(StandIn):
             attention_norm_weight,
             output_norm_weight,
         )
+        parts = self._parts(norm, projections, branch_norms)
+        if any(part is not None and has_own_forward(part) for part in parts):
+            if {tensor.device for tensor in found if tensor is not None} != {device}:
+                return None
+        return found
 
     def _own_weights(self) -> MLPWeights:
         up, gate, down = self.inter_w, None, self.output_w

@@ -41,6 +41,7 @@ from hf_triton_mlp.quantization import QuantizationConfig, same_format
 from hf_triton_mlp.quantizer import check_quantizable, quantization_of, record
 from hf_triton_mlp.reading import (
     has_own_forward,
+    is_offloaded,
     is_plain,
     read_branch_norm,
     read_epsilon,
@@ -422,7 +423,7 @@ def _called_norms(spec: MLPSpec, layer: nn.Module, config: MLPConfig) -> list[st
     for name, norm in spec.norms(layer).items():
         read = read_branch_norm if name in (spec.branch_norms or ()) else read_norm
         if read(norm, cls, config.norm_eps) is None:
-            found.append(f"{name} ({type(norm).__name__})")
+            found.append(f"{name} ({'offloaded' if is_offloaded(norm) else type(norm).__name__})")
     return found
 
 
@@ -434,21 +435,18 @@ def _norm_class(spec: MLPSpec) -> type[nn.Module] | None:
 
 def _check_whole(spec: MLPSpec, name: str, layer: nn.Module) -> None:
     """Refuse weights of which this process holds a part, by somebody else's rules."""
-    projections = zip(spec.paths, filter(None, spec.projections(layer)), strict=True)
-    for path, module in (*projections, *spec.norms(layer).items()):
-        for key, parameter in module._parameters.items():
-            found = None
-            if isinstance(parameter, DTensor):
-                found = f"a DTensor, {' '.join(map(str, parameter.placements))}"
-            elif path in spec.paths and key == "weight" and parameter is not None:
-                if parameter.dim() != 2 and read_projection(module) is not None:
-                    found = f"{tuple(parameter.shape)}, not a matrix"
-            if found is not None:
-                raise ValueError(
-                    f"{name}: {path}.{key} is {found}: the model is sharded, by transformers "
-                    "(tp_plan) or FSDP, say; supported are whole weights, and FSDP around a model "
-                    "that is patched already"
-                )
+    for path, parameter in layer.named_parameters():
+        outside = spec.attention is None or not path.startswith(f"{spec.attention}.")
+        if outside and isinstance(parameter, DTensor):
+            placed = " ".join(map(str, parameter.placements))
+            raise _sharded(f"{name}: {path} is a DTensor, {placed}")
+
+
+def _sharded(found: str) -> ValueError:
+    return ValueError(
+        f"{found}: the model is sharded, by transformers (tp_plan) or FSDP, say; supported are "
+        "whole weights, and FSDP around a model that is patched already"
+    )
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
@@ -466,6 +464,8 @@ def _sizes(
     """(hidden, intermediate) from the plain projections, or from what wrappers tell."""
     up_read, down_read = read_projection(up), read_projection(down)
     if up_read is not None:
+        if len(up_read[0].shape) != 2:  # of the first FSDP, with use_orig_params
+            raise _sharded(f"{name}: a weight is {tuple(up_read[0].shape)}, not a matrix")
         intermediate, hidden = up_read[0].shape
         intermediate //= 1 + packed
     elif down_read is not None:
@@ -762,7 +762,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     replaced = _half(spec, layer) if isinstance(layer, FusedLayer) else "MLP"
     read = read_projection(up)
     called = [
-        f"{path} ({type(module).__name__})"
+        f"{path} ({'offloaded' if is_offloaded(module) else type(module).__name__})"
         for path, module in ((spec.up, up), (spec.gate, gate), (spec.down, down))
         if module is not None and read_projection(module) is None
     ]

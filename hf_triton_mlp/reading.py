@@ -1,5 +1,6 @@
 """A model's modules, read instead of called: which may be, and what they hold."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +17,9 @@ EPSILONS = ("eps", "variance_epsilon")
 
 #: Subclasses of nn.Linear that compute what it does; by name, so that no family is imported.
 LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
+#: What accelerate gives modules to move their inputs to their device, and offloaded weights too.
+ALIGN_DEVICES = "accelerate.hooks.AlignDevicesHook"
 
 #: Our layer of a quantized weight; by name, since its operation is made of what is read here.
 QUANTIZED = "hf_triton_mlp.linear.QuantizedLinear"
@@ -37,6 +41,32 @@ def has_own_forward(module: nn.Module) -> bool:
     """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def only_moves_inputs(module: nn.Module) -> bool:
+    """Whether the instance's forward is its class's, behind a hook of accelerate that moves what
+    it is given to the module's device: what dispatch_model gives to parts that stay on theirs."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    forward = module.__dict__.get("forward")
+    return (
+        full_name(type(hook)) == ALIGN_DEVICES
+        and not (hook.offload or hook.no_grad)
+        and isinstance(forward, functools.partial)
+        and forward.func.__module__ == type(hook).__module__
+        and getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
+    )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the module's weights in for each call."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    hooks: Any = getattr(hook, "hooks", (hook,))
+    return any(full_name(type(each)) == ALIGN_DEVICES and each.offload for each in hooks)
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether nothing but its class's forward computes what the module returns, hooks aside."""
+    return not has_own_forward(module) or only_moves_inputs(module)
 
 
 def computes_the_same(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
@@ -71,14 +101,15 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling `module` does what its class says, so that its weights may be read instead.
 
     Not so for another class (LoRA wrappers, quantized layers, parametrizations), for a module
-    with hooks, and for one whose forward was replaced on the instance. Backward hooks do not
-    matter: the kernels run only where nothing needs a gradient.
+    with hooks, and for one whose forward was replaced on the instance, but by accelerate, to move
+    inputs: what reads it has to ask whether they are on its device. Backward hooks do not matter:
+    the kernels run only where nothing needs a gradient.
     """
     return (
         type(module) in classes
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and not has_own_forward(module)
+        and runs_its_class(module)
     )
 
 

@@ -74,8 +74,8 @@ def tp_plan(family: str, folder: Path) -> None:
     model = loaded(family, folder, PLANS[family])
     torch.testing.assert_close(logits(model), logits(build(family)), **CLOSE)
     name = next(name for name, _ in model.named_modules() if name.endswith("layers.0"))
-    up = tiny.PLACES[family].projections[0].rpartition(".")[2]
-    assert_refused(model, f"{name}: {up}.weight is a DTensor, S(0)")
+    first = tiny.PLACES[family].gate or tiny.PLACES[family].projections[0]
+    assert_refused(model, f"{name}: {first}.weight is a DTensor, S(0)")
 
 
 def attention_alone(family: str, folder: Path) -> None:
