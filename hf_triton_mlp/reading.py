@@ -128,27 +128,48 @@ def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | 
     return weight, bias  # pyright: ignore[reportReturnType]
 
 
+def is_shard(module: nn.Module) -> bool:
+    """Whether a projection is the part of one that a rank has (`parallel.Shard`)."""
+    return hasattr(type(module), "shard_of")
+
+
+def projection_class(module: nn.Module) -> type:
+    """The class of a projection; of a part of one, that of the whole."""
+    return getattr(type(module), "shard_of", type(module))
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is our layer of a quantized weight, or of a part of one."""
+    return full_name(projection_class(module)) == QUANTIZED
+
+
 def read_projection(module: nn.Module) -> tuple[Weight, Tensor | None] | None:
-    """(weight as (out, in), bias) of a plain Linear, Conv1D or QuantizedLinear.
+    """(weight as (out, in), bias) of a plain Linear, Conv1D or QuantizedLinear, or a part of one.
 
     None if it must be called.
     """
-    cls = type(module)
+    cls = projection_class(module)
     name = None if cls in (nn.Linear, Conv1D) else full_name(cls)
     known = name is None or name == QUANTIZED or name in LINEARS
-    if not known or not is_plain(module, cls):
+    if not known or not is_plain(module, type(module)):
         return None
-    if name == QUANTIZED:
-        return module.quantized, module.bias  # pyright: ignore[reportReturnType]
-    read = read_parameters(module)
-    if read is None or read[0] is None:
-        return None
-    return read[0].t() if cls is Conv1D else read[0], read[1]
+    if name != QUANTIZED:
+        read = read_parameters(module)
+        if read is None or read[0] is None:
+            return None
+    return projection_weight(module), module.bias  # pyright: ignore[reportReturnType]
+
+
+def projection_weight(module: Any) -> Weight:
+    """The weight (out, in) of a layer of one of these classes."""
+    if is_quantized(module):
+        return module.quantized
+    return module.weight.t() if projection_class(module) is Conv1D else module.weight
 
 
 def read_place(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
     """What a projection, also a wrapped one, computes in, and where; None if that is unknown."""
-    if full_name(type(module)) == QUANTIZED:
+    if is_quantized(module):
         return module.dtype, module.codes.device  # pyright: ignore[reportReturnType]
     weight = getattr(module, "weight", None)
     return (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
@@ -212,15 +233,15 @@ def store_for_zeros(linear: nn.Module) -> bool:
     False, and left as it is: another layer, one that must be called, a weight that shares memory,
     and one with infinite or NaN values, which multiply even zeros.
     """
-    if type(linear) not in (nn.Linear, Conv1D) or read_projection(linear) is None:
+    if projection_class(linear) not in (nn.Linear, Conv1D) or read_projection(linear) is None:
         return False
     weight: Any = linear.weight
     if weight.untyped_storage().nbytes() != weight.nbytes or not weight.isfinite().all():
         return False
     with torch.inference_mode(False):
-        by_input = weight.data if type(linear) is Conv1D else weight.data.t()
-        by_input = by_input.contiguous()
-        weight.data = by_input if type(linear) is Conv1D else by_input.t()
+        of_conv1d = projection_class(linear) is Conv1D
+        by_input = (weight.data if of_conv1d else weight.data.t()).contiguous()
+        weight.data = by_input if of_conv1d else by_input.t()
     return True
 
 
