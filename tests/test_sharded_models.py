@@ -1,17 +1,13 @@
 """Models that somebody else has sharded, by transformers' tp_plan or FSDP: refused, or right."""
 
-import multiprocessing
-import os
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models as tiny
 import torch
-import torch.distributed as dist
+from rank_processes import RANKS, Case, run
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -24,9 +20,6 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from hf_triton_mlp import TritonMLP, patch_model, patch_report
-
-RANKS = 2
-SECONDS = 120
 
 #: A float32 sum in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -121,13 +114,13 @@ def torch_tp(family: str, model: Any) -> Any:
 SHARD = {"fsdp2": each_layer, "fsdp2-root": whole, "fsdp1": first_fsdp, "torch-tp": torch_tp}
 
 
-def sharded_first(family: str, shard: str) -> None:
+def sharded_first(family: str, shard: str, folder: Path) -> None:
     model = SHARD[shard](family, build(family))
     assert_refused(model, "weight is ")
     torch.testing.assert_close(logits(model), logits(build(family)), **CLOSE)
 
 
-def patched_first(family: str, shard: str) -> None:
+def patched_first(family: str, shard: str, folder: Path) -> None:
     expected = logits(build(family))
     model = SHARD[shard](family, tiny.prove(patch_model(build(family))))
     mlps = [module for module in model.modules() if isinstance(module, TritonMLP)]
@@ -139,7 +132,7 @@ def patched_first(family: str, shard: str) -> None:
         torch.testing.assert_close(logits(model), expected, **CLOSE)
 
 
-def views(family: str) -> None:
+def views(family: str, folder: Path) -> None:
     """The first FSDP's weights are views of what it gathers, here one time, there another."""
     expected = logits(build(family))
     layers = {type(layer) for layer in tiny.decoder_layers(family, build(family))}
@@ -153,65 +146,29 @@ def views(family: str) -> None:
     assert all(row.reason.startswith("not plain, so called") for row in rows), rows
 
 
-CASES: dict[str, Callable[[Path], None]] = {
-    **{f"tp_plan-{family}": lambda path, f=family: tp_plan(f, path) for family in PLANS},
-    "tp_plan-attention": lambda path: attention_alone("opt", path),
-    **{
-        f"{name}-{shard}-{family}": lambda path, d=do, f=family, s=shard: d(f, s)
-        for name, do in (("sharded first", sharded_first), ("patched first", patched_first))
-        for shard in SHARD
-        for family in ("llama", "opt")
-        if (name, shard) != ("sharded first", "fsdp2-root")
-    },
-    "views": lambda path: views("opt"),
-}
-
-
-def rank_main(rank: int, folder: Path, results: Any) -> None:
-    """All cases on one rank; puts (rank, case, traceback or "") for each."""
-    torch.set_num_threads(1)
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/init",
-        rank=rank,
-        world_size=RANKS,
-        timeout=timedelta(seconds=SECONDS),
-    )
-    for name, case in CASES.items():
-        try:
-            case(folder)
-            results.put((rank, name, ""))
-        except BaseException:
-            results.put((rank, name, traceback.format_exc()))
-    dist.barrier()
-    dist.destroy_process_group()
+def cases() -> dict[str, Case]:
+    return {
+        **{f"tp_plan-{family}": partial(tp_plan, family) for family in PLANS},
+        "tp_plan-attention": partial(attention_alone, "opt"),
+        **{
+            f"{name}-{shard}-{family}": partial(case, family, shard)
+            for name, case in (("sharded-first", sharded_first), ("patched-first", patched_first))
+            for shard in SHARD
+            for family in ("llama", "opt")
+            if (name, shard) != ("sharded-first", "fsdp2-root")
+        },
+        "views": partial(views, "opt"),
+    }
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """What each case said on each rank."""
     folder = tmp_path_factory.mktemp("sharded")
     for family in PLANS:
         build(family).save_pretrained(folder / family)
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    ranks = [
-        context.Process(target=rank_main, args=(rank, folder, results), daemon=True)
-        for rank in range(RANKS)
-    ]
-    for process in ranks:
-        process.start()
-    said: dict[str, list[str]] = {name: [] for name in CASES}
-    for _ in range(RANKS * len(CASES)):
-        rank, name, text = results.get(timeout=SECONDS)
-        said[name].append(f"rank {rank}: {text}" if text else "")
-    for process in ranks:
-        process.join(SECONDS)
-    return said
+    return run(cases, folder)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases())
 def test_sharded_by_others(case: str, found: dict[str, list[str]]) -> None:
     assert found[case] == [""] * RANKS, "\n".join(found[case])
