@@ -125,6 +125,7 @@ def bench_generate(
     zeros: float | None = None,
     rounds: int = 5,
     seconds: float = math.inf,
+    mp_group: Any = None,
     kept: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] = lambda cell, done, total: None,
     save: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -134,7 +135,8 @@ def bench_generate(
     compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
     not compile, and they are left out. quantizations: formats of weights, each for a contender of
     ours more. zeros: what part of the hidden values `load` makes 0, for a contender more that does
-    not skip them. rounds: at least two. The rest is as for `bench_mlp`.
+    not skip them. rounds: at least two. mp_group: the ranks that share the weights of our models;
+    the others run on each by itself. The rest is as for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
@@ -156,6 +158,12 @@ def bench_generate(
     if zeros is not None:
         record["zeros"] = str(zeros)  # a setting, which records must share
         ways[DENSE] = Way({"cuda_graphs": True, "sparsity": "off"})
+    if mp_group is not None:
+        record["ranks"] = str(mp_group.size())
+        ways = {
+            name: way if way.patch is None else Way({**way.patch, "mp_group": mp_group})
+            for name, way in ways.items()
+        }
     model: Any = None
     held = None
 
@@ -392,7 +400,7 @@ def _cell(
     for name in times:
         limit = limit_ms
         skipped = skipped_bytes(contenders[name].model) if place["batch"] == 1 else 0
-        if name in quantized or skipped:
+        if name in quantized or skipped or "mp_group" in (ways[name].patch or {}):
             per_step = bytes_per_step(contenders[name].model, place)
             per_step["weights"] -= skipped
             found[name]["bytes_per_step"] = per_step
@@ -447,6 +455,7 @@ def skipped_bytes(model: Any) -> int:
     return sum(
         round((1 - module.density) * config.hidden_size * config.intermediate_size)
         * model.dtype.itemsize
+        // (1 if module.ranks is None else module.ranks.size)
         for module in model.modules()
         if isinstance(module, TritonMLP) and module.density is not None
         for config in (module.mlp_config,)
