@@ -29,6 +29,7 @@ from hf_triton_mlp import (
     autotune,
     bench,
     bench_generate,
+    bench_parallel,
     bench_quantized,
     bench_sparse,
     quality,
@@ -44,6 +45,7 @@ from hf_triton_mlp.patching import patch_model, patch_report, relu_projections, 
 from hf_triton_mlp.quality import QualityReport
 from hf_triton_mlp.quantization import CODES
 from hf_triton_mlp.quantizer import TritonMLPConfig, quantization_of
+from hf_triton_mlp.ranks import Ranks
 from hf_triton_mlp.reading import read_projection
 from hf_triton_mlp.specs import specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
@@ -404,6 +406,59 @@ def bench_sparse_(
             )
         for table in bench_sparse.tables(record):
             console.print(table)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
+
+
+@benchmarks.command("parallel")
+def bench_parallel_(
+    case: Annotated[list[str] | None, typer.Option(help="one of them; may be repeated")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+    seconds: Seconds = math.inf,
+    output: Record = None,
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table", help="measure nothing: how whole models scale, with a record's all-reduces"
+        ),
+    ] = False,
+    all_reduce_us: Annotated[
+        float | None, typer.Option(help="for --table, where no record tells it")
+    ] = None,
+) -> None:
+    """Time one layer's residual + norm + MLP + residual, shared by the processes of torchrun."""
+    with _errors_in_one_line(), _mp_group(None) as group:
+        _known("case", case, bench_parallel.SHAPES)
+        _known("dtype", [dtype], DTYPES[1:])
+        _need_folders(output)
+        kept = bench.read(output) if output is not None and output.exists() else None
+        if table:
+            known = {} if kept is None else bench_parallel.latencies(kept)
+            default = {} if all_reduce_us is None else dict.fromkeys((2, 4, 8), all_reduce_us)
+            print(bench_parallel.scaling_markdown(bench_parallel.scaling({**default, **known})))
+            return
+        if group is None:
+            raise ValueError(
+                "this measures processes that share an MLP: torchrun --nproc-per-node 2 -m "
+                "hf_triton_mlp bench parallel"
+            )
+        _need_gpu()
+        with _bar() as show:
+            record = bench_parallel.bench_parallel(
+                Ranks(group),
+                tuple(case or bench_parallel.MEASURED),
+                tuple(rows or bench_parallel.ROWS),
+                dtype,
+                seconds=seconds,
+                kept=kept,
+                progress=show,
+                save=lambda record: None if output is None else bench.write_lines(record, output),
+            )
+        if record is None:
+            return
+        for shown in bench_parallel.tables(record):
+            console.print(shown)
         if record["skipped"]:
             console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
 

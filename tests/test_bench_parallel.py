@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from rank_processes import RANKS, Case, run
 from rich.console import Console
+from typer.testing import CliRunner
 
 from hf_triton_mlp import bench_parallel, measure
 from hf_triton_mlp.bench_parallel import MODELS, SHAPES, latencies, scaling, scaling_markdown
+from hf_triton_mlp.cli import app
 from hf_triton_mlp.measure import Ceilings, Chain, Times
 from hf_triton_mlp.ranks import Ranks
 
@@ -123,6 +125,21 @@ def test_how_models_scale() -> None:
     assert sum("?" in line for line in lines) == len(MODELS)
     half = scaling({}, itemsize=1.0)[0]
     assert math.isclose(half.mlp_bytes, one.mlp_bytes / 2) and half.rest_bytes == one.rest_bytes
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """How models scale is told anywhere, with all-reduces from a record or an option."""
+    us = {"all_reduce": {"median": 10.0}}
+    record = {"cells": [{"M": 1, "ranks": 2, "device_us": us}]}
+    record |= {"device": "", "versions": {}, "runs": []}
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    options = ["bench", "parallel", "--table", "--json", str(tmp_path / "record.json")]
+    for given, all_reduces in (((), {2: 10.0}), (("--all-reduce-us", "7"), {2: 10.0, 4: 7, 8: 7})):
+        result = CliRunner().invoke(app, [*options, *given])
+        assert result.exit_code == 0, result.output
+        assert result.output.strip() == scaling_markdown(scaling(all_reduces))
+    alone = CliRunner().invoke(app, ["bench", "parallel"])
+    assert alone.exit_code == 2 and "torchrun --nproc-per-node 2" in " ".join(alone.output.split())
 
 
 @pytest.mark.gpu
