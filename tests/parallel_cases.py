@@ -21,6 +21,7 @@ from typing import Any
 import tiny_models as tiny
 import torch
 import torch.distributed as dist
+from test_sparse import opt
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -36,6 +37,7 @@ from hf_triton_mlp import (
     patch_report,
     patched,
     patching,
+    tuning,
     unpatch_model,
     validate,
 )
@@ -606,6 +608,27 @@ def interpreted(name: str, **changes: Any) -> None:
         tiny.assert_as_accurate(found, own, reference)
 
 
+def zeros() -> None:
+    """Each rank skips those of its part of the hidden values."""
+    tuning.SPARSE_BYTES = 20_000
+    model = opt()
+    exact, ids = copy.deepcopy(model).float(), torch.arange(6, device=DEVICE)[None]
+    before, strides = state(model), [p.stride() for p in model.parameters()]
+    with torch.no_grad():
+        reference, own = exact(ids).logits, model(ids).logits
+        patch_model(model, mp_group=group(), verify=False)
+        first, second = model.model.decoder.layers
+        hidden, part = first.fc2.weight.shape
+        assert first.fc2.weight.stride() == (1, hidden) and second.fc2.weight.stride() == (part, 1)
+        rows = patch_report(model).rows
+        assert rows[0].density.endswith("%") and rows[1].density == ""
+        tiny.assert_as_accurate(model(ids).logits, own, reference)
+    assert_equal_states(model.state_dict(), before)
+    unpatch_model(model)
+    assert [p.stride() for p in model.parameters()] == strides
+    assert_equal_states(state(model), before)
+
+
 def _families() -> dict[str, Case]:
     every = [*tiny.VARIANT_DEPTHS, *((name, "layer") for name in MORE)]
     return {f"{name}-{depth}": partial(family, name, depth) for name, depth in every}
@@ -674,7 +697,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
                 case.__name__: case
                 for case in (
                     captured_steps, own_weights, merged_checkpoints, checkpoints, gradients,
-                    copies, twice, compiled, validated, refused, interrupted,
+                    copies, twice, compiled, validated, refused, interrupted, zeros,
                 )
             },
         },
@@ -691,6 +714,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
             "phi3": partial(interpreted, "phi3"),
             "granite": partial(interpreted, "granite"),
             "gemma2": partial(interpreted, "gemma2"),
+            "zeros": zeros,
             "opt-int8": partial(
                 interpreted, "opt", ffn_dim=64, arguments={"quantization": FORMATS["int8"]}
             ),
