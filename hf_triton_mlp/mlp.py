@@ -452,6 +452,7 @@ class TritonMLP(StandIn):
         return (
             f"hidden={c.hidden_size}, intermediate={c.intermediate_size}, "
             f"activation={c.activation}, norm={c.norm}, pre_norm={c.pre_norm}"
+            + ("" if self.ranks is None else f", {self.ranks}")
         )
 
     def forward(

@@ -172,7 +172,7 @@ def projection_functions(
 
     def function(weight: Weight, bias: Tensor | None, dim: int) -> Callable[[Tensor], Tensor]:
         if ranks is None:
-            return partial(product, weight=weight, bias=bias)
+            return lambda x: product(x, weight, bias)
         return partial(part_product, weight=weight, bias=bias, ranks=ranks, dim=dim)
 
     w = weights

@@ -98,6 +98,13 @@ def test_interpreted_kernels(case: str, results: Results) -> None:
     results.check("interpreted", case)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("case", KINDS["gpus"][1])
+def test_two_gpus(case: str, results: Results) -> None:
+    results.check("gpus", case)
+
+
 def test_without_a_group() -> None:
     assert not dist.is_initialized()
     config = MLPConfig(hidden_size=8, intermediate_size=16, mp_size=2)
