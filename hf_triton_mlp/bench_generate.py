@@ -106,6 +106,9 @@ WAYS = {
 #: Ours, where zeros are not skipped.
 DENSE = f"{OURS} dense"
 
+#: Ours, where others share the weights, by each of them alone.
+ALONE = f"{OURS} unshared"
+
 
 def quantized_way(quantization: str) -> tuple[str, Way]:
     """Ours with weights of a format that patch_model knows, by name."""
@@ -136,7 +139,7 @@ def bench_generate(
     not compile, and they are left out. quantizations: formats of weights, each for a contender of
     ours more. zeros: what part of the hidden values `load` makes 0, for a contender more that does
     not skip them. rounds: at least two. mp_group: the ranks that share the weights of our models;
-    the others run on each by itself. The rest is as for `bench_mlp`.
+    the others run on each by itself, and so does a contender more, ours unshared. The rest is as for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
@@ -164,6 +167,7 @@ def bench_generate(
             name: way if way.patch is None else Way({**way.patch, "mp_group": mp_group})
             for name, way in ways.items()
         }
+        ways[ALONE] = WAYS[OURS]
     model: Any = None
     held = None
 
@@ -407,7 +411,7 @@ def _cell(
             if read_tb_s is not None:
                 limit = sum(per_step.values()) / read_tb_s / 1e9
         found[name].update(_figures(times, name, place, limit))
-    others = [name for name in times if name not in (OURS, DENSE, *quantized)]
+    others = [name for name in times if name not in (OURS, DENSE, ALONE, *quantized)]
     best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
     speedup = None
     if OURS in times and best is not None:
@@ -511,6 +515,8 @@ def _figures(
     }
     if EAGER in times and name != EAGER:
         figures["speedup_over_eager"] = _spread(_ratios(times, name, EAGER))
+    if ALONE in times and name == OURS:
+        figures["speedup_over_unshared"] = _spread(_ratios(times, name, ALONE))
     if limit_ms is not None:
         figures["of_limit"] = round(limit_ms / step_ms, 6)
     return figures
@@ -618,6 +624,11 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
     shown = {
         "tokens/s": f"{_number(rate['median'])} ±{(most - least) / 2 / rate['median']:.0%}",
         "times transformers eager": _ratio(result.get("speedup_over_eager")),
+        **(
+            {"times unshared": _ratio(result["speedup_over_unshared"])}
+            if "speedup_over_unshared" in result
+            else {}
+        ),
         "first token, ms": _number(result["first_token_ms"]),
         "a token, ms": _number(result["token_ms"]),
     }

@@ -12,13 +12,15 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import tiny_models as tiny
 import torch
 import torch.distributed as dist
 from rank_processes import RANKS, Case, run
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_triton_mlp import bench_parallel, measure
+from hf_triton_mlp import bench_generate, bench_parallel, measure
+from hf_triton_mlp.bench_generate import ALONE, OURS
 from hf_triton_mlp.bench_parallel import MODELS, SHAPES, latencies, scaling, scaling_markdown
 from hf_triton_mlp.cli import app
 from hf_triton_mlp.measure import Ceilings, Chain, Times
@@ -68,8 +70,31 @@ def measured(folder: Path) -> None:
         (folder / "record.json").write_text(json.dumps(record))
 
 
+def generated(folder: Path) -> None:
+    """Ours shared and unshared, in one run, with the same tokens."""
+    (place,) = bench_generate.cells(["tiny"], ["float32"], [2], [5], [9])
+    record = bench_generate.bench_generate(
+        [place],
+        lambda name, dtype: tiny.build("opt", ffn_dim=52),
+        device=torch.device("cpu"),
+        rounds=2,
+        mp_group=dist.group.WORLD,
+    )
+    (cell,) = record["cells"]
+    contenders = cell["contenders"]
+    assert not [name for name in contenders if "failed" in contenders[name]]
+    for name in (OURS, ALONE):
+        assert contenders[name]["equal_tokens"] == [9, 9]
+    assert contenders[OURS]["speedup_over_unshared"]["median"] > 0
+    assert "speedup_over_unshared" not in contenders[ALONE]
+    assert cell["best_other"] not in (OURS, ALONE) and record["ranks"] == str(RANKS)
+    console = Console(width=140, record=True, quiet=False)
+    console.print(*bench_generate.tables(record))
+    assert "times unshared" in console.export_text()
+
+
 def cases() -> dict[str, Case]:
-    return {"measured": measured}
+    return {"measured": measured, "generated": generated}
 
 
 def check(record: dict[str, Any], names: list[str], rows: list[int]) -> None:
@@ -83,8 +108,8 @@ def check(record: dict[str, Any], names: list[str], rows: list[int]) -> None:
 
 
 def test_what_is_measured_and_shown(tmp_path: Path) -> None:
-    (said,) = run(cases, tmp_path).values()
-    assert said == [""] * RANKS, "\n".join(said)
+    for said in run(cases, tmp_path).values():
+        assert said == [""] * RANKS, "\n".join(said)
     record = json.loads((tmp_path / "record.json").read_text())
     check(record, NAMES, ROWS)
     for cell in record["cells"]:
