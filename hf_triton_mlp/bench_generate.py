@@ -139,7 +139,8 @@ def bench_generate(
     not compile, and they are left out. quantizations: formats of weights, each for a contender of
     ours more. zeros: what part of the hidden values `load` makes 0, for a contender more that does
     not skip them. rounds: at least two. mp_group: the ranks that share the weights of our models;
-    the others run on each by itself, and so does a contender more, ours unshared. The rest is as for `bench_mlp`.
+    the others run on each by itself, and so does a contender more, ours unshared. The rest is as
+    for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
