@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.initialization import no_init_weights
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -80,7 +80,7 @@ def _without_weights(
     path_or_name: str | os.PathLike[str], dtype: torch.dtype | str | None, where: dict[str, Any]
 ) -> Any:
     """The model as from_pretrained makes it, its parameters on the meta device."""
-    config = AutoConfig.from_pretrained(path_or_name)
+    config = transformers.AutoConfig.from_pretrained(path_or_name)
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{path_or_name} is quantized; load_sharded reads plain weights, and quantized ones "
@@ -89,18 +89,20 @@ def _without_weights(
     found = dtype or config.dtype or _floating(where)
     found = getattr(torch, found) if isinstance(found, str) else found
     with init_empty_weights(include_buffers=False), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=found)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=found)
     model.tie_weights()
     if any(getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict")):
         raise ValueError(f"{type(model).__name__} keeps some weights in float32 by their names")
     model.config.name_or_path = model.name_or_path = str(path_or_name)
     if model.can_generate():
         try:
-            generation = GenerationConfig.from_pretrained(path_or_name)
+            generation = transformers.GenerationConfig.from_pretrained(path_or_name)
         except OSError:  # there is none, and the config says what there is to say
             options: dict[str, Any] = {"_from_model_config": True}
             name = "config.json"
-            generation = GenerationConfig.from_pretrained(path_or_name, name, **options)
+            generation = transformers.GenerationConfig.from_pretrained(
+                path_or_name, name, **options
+            )
         model.generation_config = generation
     return model.eval()
 

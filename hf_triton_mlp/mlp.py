@@ -499,7 +499,7 @@ class TritonMLP(StandIn):
         if not normed and residual_norm is None and bias is not None:
             raise ValueError("bias needs a norm or residual_norm: without, there is no sum for it")
 
-        weights = self._weights(input.device, norm, projections, branch_norms)
+        weights = self._weights_for(input, norm, projections, branch_norms)
         parts = norm, projections, branch_norms
         if weights is not None:
             self._check_place(input, projections)
@@ -584,7 +584,7 @@ class TritonMLP(StandIn):
             input, norm, projections, branch_norms
         )
         if not bound:
-            weights = self._weights(input.device, norm, projections, branch_norms)
+            weights = self._weights_for(input, norm, projections, branch_norms)
             if weights is None or needs_grad(input, *weights):
                 assert not self.proving, "only what is read can be proven"
                 return None
@@ -709,17 +709,28 @@ class TritonMLP(StandIn):
         assert up is not None and down is not None
         return getattr(self, up), None if gate is None else getattr(self, gate), getattr(self, down)
 
-    def _weights(
+    def _weights_for(
         self,
-        device: torch.device,
+        input: Tensor,
         norm: nn.Module | None,
         projections: Projections | None,
         branch_norms: BranchNorms | None,
     ) -> MLPWeights | None:
-        """The tensors that the kernels may read; None when a part has to be called.
+        """`_weights`; None too where a part would move this input to another device."""
+        found = self._weights(norm, projections, branch_norms)
+        parts = self._parts(norm, projections, branch_norms)
+        if found is not None and any(part is not None and has_own_forward(part) for part in parts):
+            if {tensor.device for tensor in found if tensor is not None} != {input.device}:
+                return None
+        return found
 
-        device: the input's; parts that would move it have to be called where they are on another.
-        """
+    def _weights(
+        self,
+        norm: nn.Module | None,
+        projections: Projections | None,
+        branch_norms: BranchNorms | None = None,
+    ) -> MLPWeights | None:
+        """The tensors that the kernels may read; None when a part has to be called."""
         config = self.mlp_config
         if self.owns_weights:
             if norm is not None or branch_norms is not None:
@@ -768,7 +779,7 @@ class TritonMLP(StandIn):
             )
             if attention_norm_weight is None or output_norm_weight is None:
                 return None
-        found = MLPWeights(
+        return MLPWeights(
             up_read[0],
             down_read[0],
             up_read[1],
@@ -778,11 +789,6 @@ class TritonMLP(StandIn):
             attention_norm_weight,
             output_norm_weight,
         )
-        parts = self._parts(norm, projections, branch_norms)
-        if any(part is not None and has_own_forward(part) for part in parts):
-            if {tensor.device for tensor in found if tensor is not None} != {device}:
-                return None
-        return found
 
     def _own_weights(self) -> MLPWeights:
         up, gate, down = self.inter_w, None, self.output_w

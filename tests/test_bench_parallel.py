@@ -152,6 +152,13 @@ def test_how_models_scale() -> None:
     assert math.isclose(half.mlp_bytes, one.mlp_bytes / 2) and half.rest_bytes == one.rest_bytes
 
 
+def test_the_notes_have_what_is_computed() -> None:
+    notes = (Path(__file__).parents[1] / "benchmarks" / "NOTES.md").read_text()
+    for line in scaling_markdown(scaling({})).splitlines()[2:]:
+        computed = " | ".join(line.split(" | ")[:6])  # up to what is measured
+        assert computed in notes, f"{computed}: run `hf-triton-mlp bench parallel --table`"
+
+
 def test_the_command(tmp_path: Path) -> None:
     """How models scale is told anywhere, with all-reduces from a record or an option."""
     us = {"all_reduce": {"median": 10.0}}
