@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_reduce
+
+if dist.is_available():  # not in all builds of PyTorch
+    from torch.distributed._functional_collectives import all_reduce
 
 
 class Ranks:

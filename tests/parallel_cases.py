@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -49,7 +50,7 @@ INTERMEDIATE = 56
 SIZE_NAMES = {"gpt2": "n_inner", "opt": "ffn_dim"}
 
 #: Seconds that a rank waits for others.
-PATIENCE = 60
+PATIENCE = 120
 
 #: Where this rank's models are.
 DEVICE = "cpu"
@@ -557,6 +558,18 @@ def interrupted() -> None:
             assert torch.equal(tokens(model), expected)
 
 
+def stuck() -> None:
+    """A rank that does not come is waited for as long as the group says."""
+    waiting = dist.new_group(timeout=timedelta(seconds=2))
+    model = patch_model(build("opt"), mp_group=waiting)
+    if dist.get_rank() < dist.get_world_size() - 1:
+        begun = time.monotonic()
+        message = raised(lambda: tokens(model), RuntimeError)
+        assert "lost the others while adding up" in message, message
+        assert time.monotonic() - begun < 20
+    dist.barrier()
+
+
 def killed() -> None:
     """The last case: a rank that is gone ends the others' calls with an error."""
     model = patch_model(build("opt"), mp_group=group())
@@ -652,7 +665,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
                 for case in (
                     checkpoints, gradients, own_weights, merged_checkpoints, copies, twice,
                     adapters, meta, captured_steps, compiled, validated, refused, interrupted,
-                    killed,
+                    stuck, killed,
                 )
             },
         },

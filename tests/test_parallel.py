@@ -105,6 +105,27 @@ def test_two_gpus(case: str, results: Results) -> None:
     results.check("gpus", case)
 
 
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    return subprocess.run(
+        [*launcher, "-m", "hf_triton_mlp", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
+def test_validate_under_torchrun(tmp_path: Path) -> None:
+    checkpoint = Path(__file__).parent / "checkpoints" / "opt-pre-norm"
+    run = torchrun("validate", checkpoint, "--dtype", "float32", "--json", tmp_path / "out.json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("validated:") == 1  # by the first process alone
+    (report,) = json.loads((tmp_path / "out.json").read_text())
+    assert not report["failures"] and report["cases"][0]["difference"] is None
+
+
 def test_without_a_group() -> None:
     assert not dist.is_initialized()
     config = MLPConfig(hidden_size=8, intermediate_size=16, mp_size=2)
