@@ -10,6 +10,7 @@ if find_spec("triton") is None:
     )
 
 from hf_triton_mlp.decoding import graph_decode
+from hf_triton_mlp.loading import load_sharded
 from hf_triton_mlp.mlp import MLPConfig, TritonMLP
 from hf_triton_mlp.ops import GELUGemmOp, MLPGemmOp, MLPWeights, ResidualAddOp, VectorMatMulOp
 from hf_triton_mlp.patching import patch_model, patch_report, patched, unpatch_model
@@ -33,6 +34,7 @@ __all__ = [
     "TritonMLPConfig",
     "VectorMatMulOp",
     "graph_decode",
+    "load_sharded",
     "patch_model",
     "patch_report",
     "patched",

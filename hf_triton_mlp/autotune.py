@@ -405,8 +405,13 @@ class Measured(NamedTuple):
 
 
 def layer_half(
-    case: Case, layers: list[MLPWeights], plans: tuple[Plan | None, Plan | None]
+    case: Case,
+    layers: list[MLPWeights],
+    plans: tuple[Plan | None, Plan | None],
+    carries: bool = True,
 ) -> LayerHalf:
+    """carries: as in `MLPGemmOp`."""
+
     def half(attention: Tensor, residual: Tensor, layer: int) -> Tensor:
         return normed_mlp(
             attention,
@@ -419,6 +424,7 @@ def layer_half(
             pre_norm=True,
             plans=plans,
             early=True,
+            carries=carries,
         )
 
     return half

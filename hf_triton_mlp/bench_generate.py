@@ -106,6 +106,9 @@ WAYS = {
 #: Ours, where zeros are not skipped.
 DENSE = f"{OURS} dense"
 
+#: Ours, where others share the weights, by each of them alone.
+ALONE = f"{OURS} unshared"
+
 
 def quantized_way(quantization: str) -> tuple[str, Way]:
     """Ours with weights of a format that patch_model knows, by name."""
@@ -125,6 +128,7 @@ def bench_generate(
     zeros: float | None = None,
     rounds: int = 5,
     seconds: float = math.inf,
+    mp_group: Any = None,
     kept: dict[str, Any] | None = None,
     progress: Callable[[str, int, int], None] = lambda cell, done, total: None,
     save: Callable[[dict[str, Any]], None] = lambda record: None,
@@ -134,7 +138,9 @@ def bench_generate(
     compiled: also transformers' compiled steps, which take most of the time; on the CPU it does
     not compile, and they are left out. quantizations: formats of weights, each for a contender of
     ours more. zeros: what part of the hidden values `load` makes 0, for a contender more that does
-    not skip them. rounds: at least two. The rest is as for `bench_mlp`.
+    not skip them. rounds: at least two. mp_group: the ranks that share the weights of our models;
+    the others run on each by itself, and so does a contender more, ours unshared. The rest is as
+    for `bench_mlp`.
     What fails, for lack of memory say, is recorded as failed. The limit is what reading
     `bytes_per_step` takes at this machine's bandwidth; peak memory is what is allocated, weights
     too, without what graphs reserve. Without a GPU there is neither, nor a number of launches.
@@ -156,6 +162,13 @@ def bench_generate(
     if zeros is not None:
         record["zeros"] = str(zeros)  # a setting, which records must share
         ways[DENSE] = Way({"cuda_graphs": True, "sparsity": "off"})
+    if mp_group is not None:
+        record["ranks"] = str(mp_group.size())
+        ways = {
+            name: way if way.patch is None else Way({**way.patch, "mp_group": mp_group})
+            for name, way in ways.items()
+        }
+        ways[ALONE] = WAYS[OURS]
     model: Any = None
     held = None
 
@@ -392,14 +405,14 @@ def _cell(
     for name in times:
         limit = limit_ms
         skipped = skipped_bytes(contenders[name].model) if place["batch"] == 1 else 0
-        if name in quantized or skipped:
+        if name in quantized or skipped or "mp_group" in (ways[name].patch or {}):
             per_step = bytes_per_step(contenders[name].model, place)
             per_step["weights"] -= skipped
             found[name]["bytes_per_step"] = per_step
             if read_tb_s is not None:
                 limit = sum(per_step.values()) / read_tb_s / 1e9
         found[name].update(_figures(times, name, place, limit))
-    others = [name for name in times if name not in (OURS, DENSE, *quantized)]
+    others = [name for name in times if name not in (OURS, DENSE, ALONE, *quantized)]
     best = max(others, key=lambda n: found[n]["tokens_per_second"]["median"], default=None)
     speedup = None
     if OURS in times and best is not None:
@@ -447,6 +460,7 @@ def skipped_bytes(model: Any) -> int:
     return sum(
         round((1 - module.density) * config.hidden_size * config.intermediate_size)
         * model.dtype.itemsize
+        // (1 if module.ranks is None else module.ranks.size)
         for module in model.modules()
         if isinstance(module, TritonMLP) and module.density is not None
         for config in (module.mlp_config,)
@@ -502,6 +516,8 @@ def _figures(
     }
     if EAGER in times and name != EAGER:
         figures["speedup_over_eager"] = _spread(_ratios(times, name, EAGER))
+    if ALONE in times and name == OURS:
+        figures["speedup_over_unshared"] = _spread(_ratios(times, name, ALONE))
     if limit_ms is not None:
         figures["of_limit"] = round(limit_ms / step_ms, 6)
     return figures
@@ -609,6 +625,11 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
     shown = {
         "tokens/s": f"{_number(rate['median'])} ±{(most - least) / 2 / rate['median']:.0%}",
         "times transformers eager": _ratio(result.get("speedup_over_eager")),
+        **(
+            {"times unshared": _ratio(result["speedup_over_unshared"])}
+            if "speedup_over_unshared" in result
+            else {}
+        ),
         "first token, ms": _number(result["first_token_ms"]),
         "a token, ms": _number(result["token_ms"]),
     }

@@ -32,7 +32,7 @@ from hf_triton_mlp.launchers import (
     split_parts,
 )
 from hf_triton_mlp.quantization import Weight
-from hf_triton_mlp.reading import EPSILONS, QUANTIZED, full_name, has_own_forward
+from hf_triton_mlp.reading import EPSILONS, is_quantized, runs_its_class
 from hf_triton_mlp.tuning import DECODE_ROWS, Plan
 
 #: How many numbers of rows (and kinds of calls) launches are bound for; older ones are dropped.
@@ -78,9 +78,12 @@ class BoundMLP:
         Given `normed`, the MLP of that, plus input and residual.
 
         None when no launches are bound for such a call: another number of rows, tensors that are
-        not contiguous or not aligned, another current device, a profiler that wants to see
-        launches. early: as in `TritonMLP.forward`.
+        not contiguous or not aligned, a profiler that wants to see launches. early: as in
+        `TritonMLP.forward`.
         """
+        if torch._C._cuda_getDevice() != self.device_index:
+            with torch.cuda.device(self.device_index):
+                return self(input, residual, early, normed)
         x = input.data_ptr()
         r = None if residual is None else residual.data_ptr()
         u = None if normed is None else normed.data_ptr()
@@ -92,7 +95,6 @@ class BoundMLP:
             or not input.is_contiguous()
             or (residual is not None and not residual.is_contiguous())
             or (normed is not None and not normed.is_contiguous())
-            or torch._C._cuda_getDevice() != self.device_index
             or runtime.launch_enter_hook.calls
             or runtime.launch_exit_hook.calls
         ):
@@ -126,12 +128,14 @@ class BoundMLP:
         pre_norm: bool = True,
         branch_scale: float = 1.0,
         branch_norm: str | None = None,
+        carries: bool = True,
         early: bool,
     ) -> None:
         """Bind the launches for calls with as many rows as these tensors have, if it is time to.
 
         norm: in front of the MLP, None with `normed`; it, its eps, pre_norm, branch_scale and
-        branch_norm are as in MLPConfig; early: as in `TritonMLP.forward`.
+        branch_norm are as in MLPConfig; carries: as in `MLPGemmOp`, without branch_norm, and what
+        is added without a norm is left out too; early: as in `TritonMLP.forward`.
         """
         w = weights
         up, gate, down = (w.up, w.up_bias), (w.gate, w.gate_bias), (w.down, w.down_bias)
@@ -169,10 +173,12 @@ class BoundMLP:
                         return branch_normed_mlp(x, r, None, weights, **kinds)
                     if norm is not None:
                         kinds |= {"norm": norm, "pre_norm": pre_norm, "branch_scale": branch_scale}
+                        kinds["carries"] = carries
                         plans = up_plan, down_plan
                         return normed_mlp(x, r, None, weights, **kinds, plans=plans, early=early)
                     source, summands = (x, Summands(r)) if u is None else (u, Summands(x, r))
-                    kinds = {"activation": activation, "summands": summands}
+                    kinds = {"activation": activation}
+                    kinds["summands"] = summands if carries else NO_SUMMANDS
                     return mlp(source, weights, **kinds, plans=(up_plan, down_plan), waited=early)
 
                 self._bound[key] = by_library
@@ -225,11 +231,13 @@ class BoundMLP:
                     before, summands = None, NO_SUMMANDS
             add(up_plan, source, up, gate, activation, before, summands, hidden)
             if branch is None:
+                carried = carried if carries else NO_SUMMANDS
                 add(down_plan, hidden, down, (None, None), None, None, carried, out)
             else:  # with a norm, so that the residual is the carry
                 add(down_plan, hidden, down, (None, None), None, None, NO_SUMMANDS, branch)
                 if output_norm is None:
-                    last = scaled_add_launch(carry, branch, None, branch_scale, out)
+                    added = carry if carries else None
+                    last = scaled_add_launch(added, branch, None, branch_scale, out)
                 else:
                     last = norm_sum_launch(branch, None, carry, output_norm, pdl=down_plan.pdl)
                 calls.append(last)
@@ -302,7 +310,7 @@ class BoundParts:
         for module in modules:
             names = [name for name in EPSILONS if name in module.__dict__]
             self.values += [(module.__dict__, name, norm_eps) for name in names]
-            if full_name(type(module)) == QUANTIZED:  # no tensor of it says what it computes in
+            if is_quantized(module):  # no tensor of it says what it computes in
                 self.values.append((module.__dict__, "dtype", launches.dtype))
         named = [
             (tensors, name, tensor)
@@ -329,7 +337,7 @@ class BoundParts:
                 type(module) is not cls
                 or state["_forward_hooks"]
                 or state["_forward_pre_hooks"]
-                or ("forward" in state and has_own_forward(module))
+                or ("forward" in state and not runs_its_class(module))
             ):
                 return False
         for tensors, name, t, address, dtype, shape, strides in self.tensors:

@@ -3,15 +3,18 @@
 import copy
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import transformers
 import triton
 import typer
@@ -26,6 +29,7 @@ from hf_triton_mlp import (
     autotune,
     bench,
     bench_generate,
+    bench_parallel,
     bench_quantized,
     bench_sparse,
     quality,
@@ -41,6 +45,7 @@ from hf_triton_mlp.patching import patch_model, patch_report, relu_projections, 
 from hf_triton_mlp.quality import QualityReport
 from hf_triton_mlp.quantization import CODES
 from hf_triton_mlp.quantizer import TritonMLPConfig, quantization_of
+from hf_triton_mlp.ranks import Ranks
 from hf_triton_mlp.reading import read_projection
 from hf_triton_mlp.specs import specs
 from hf_triton_mlp.validation import DEFAULT_TEXT, ValidationReport
@@ -63,6 +68,9 @@ PROMPTS = (
     "And the LORD said unto Moses, Go",
     "The king",
 )
+
+#: How long a process waits for the others.
+PATIENCE = timedelta(minutes=5)
 
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; default: the GPU if any")]
 NewTokens = Annotated[int, typer.Option(min=1, help="greedy tokens to compare")]
@@ -129,7 +137,7 @@ def validate(
     output: Annotated[Path | None, typer.Option("--json", help="write the reports here")] = None,
 ) -> None:
     """Compare a patched model with the original; exit status 1 when it is out of bounds."""
-    with _errors_in_one_line():
+    with _errors_in_one_line(), _mp_group(device) as group:
         _need_folders(output)
         found = [
             _validate(
@@ -142,6 +150,7 @@ def validate(
                 depth=depth,
                 show=False,
                 quantization=quantization,
+                group=group,
             )
             for one in _dtypes(dtype, device)
         ]
@@ -150,7 +159,7 @@ def validate(
         for report, cost in found:
             if cost is not None:
                 console.print(_quality_table(cost, f"{quantization}, {report.dtype}"))
-        if output is not None:
+        if output is not None and _is_first(group):
             written = [
                 asdict(report) | ({} if cost is None else {"quality": asdict(cost)})
                 for report, cost in found
@@ -406,6 +415,59 @@ def bench_sparse_(
             console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
 
 
+@benchmarks.command("parallel")
+def bench_parallel_(
+    case: Annotated[list[str] | None, typer.Option(help="one of them; may be repeated")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="may be repeated")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16")] = "float16",
+    seconds: Seconds = math.inf,
+    output: Record = None,
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table", help="measure nothing: how whole models scale, with a record's all-reduces"
+        ),
+    ] = False,
+    all_reduce_us: Annotated[
+        float | None, typer.Option(help="for --table, where no record tells it")
+    ] = None,
+) -> None:
+    """Time one layer's residual + norm + MLP + residual, shared by the processes of torchrun."""
+    with _errors_in_one_line(), _mp_group(None) as group:
+        _known("case", case, bench_parallel.SHAPES)
+        _known("dtype", [dtype], DTYPES[1:])
+        _need_folders(output)
+        kept = bench.read(output) if output is not None and output.exists() else None
+        if table:
+            known = {} if kept is None else bench_parallel.latencies(kept)
+            default = {} if all_reduce_us is None else dict.fromkeys((2, 4, 8), all_reduce_us)
+            print(bench_parallel.scaling_markdown(bench_parallel.scaling({**default, **known})))
+            return
+        if group is None:
+            raise ValueError(
+                "this measures processes that share an MLP: torchrun --nproc-per-node 2 -m "
+                "hf_triton_mlp bench parallel"
+            )
+        _need_gpu()
+        with _bar() as show:
+            record = bench_parallel.bench_parallel(
+                Ranks(group),
+                tuple(case or bench_parallel.MEASURED),
+                tuple(rows or bench_parallel.ROWS),
+                dtype,
+                seconds=seconds,
+                kept=kept,
+                progress=show,
+                save=lambda record: None if output is None else bench.write_lines(record, output),
+            )
+        if record is None:
+            return
+        for shown in bench_parallel.tables(record):
+            console.print(shown)
+        if record["skipped"]:
+            console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
+
+
 @benchmarks.command("generate")
 def bench_generate_(
     models: Annotated[
@@ -453,13 +515,15 @@ def bench_generate_(
     plot: Plot = None,
 ) -> None:
     """Time whole calls of generate(), ours and transformers', and compare their texts."""
-    with _errors_in_one_line():
+    with _errors_in_one_line(), _mp_group(device) as group:
         _known("dtype", dtype, DTYPES)
         _known("quantization", quantization, CODES)
         _need_folders(output, plot)
         kept = bench.read(output) if output is not None and output.exists() else None
         where = _device(device)
         dtypes = tuple(dtype or ("float16" if where.type == "cuda" else "float32",))
+        if group is not None and seconds < math.inf:
+            raise ValueError("--seconds is for one process: each of more has a clock of its own")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
 
@@ -484,9 +548,14 @@ def bench_generate_(
                 zeros=zeros,
                 rounds=rounds,
                 seconds=seconds,
+                mp_group=group,
                 kept=kept,
                 progress=show,
-                save=lambda record: None if output is None else bench.write_lines(record, output),
+                save=lambda record: (
+                    bench.write_lines(record, output)
+                    if output is not None and _is_first(group)
+                    else None
+                ),
             )
         for table in bench_generate.tables(record):
             console.print(table)
@@ -494,7 +563,7 @@ def bench_generate_(
             console.print(escape(remark), soft_wrap=True)
         if record["skipped"]:
             console.print(f"skipped for lack of time: {', '.join(record['skipped'])}")
-        if plot is not None:
+        if plot is not None and _is_first(group):
             bench_generate.plot(record, plot, dtypes[0])
 
 
@@ -586,6 +655,39 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
+def _mp_group(device: str | None) -> Iterator[Any]:
+    """Under torchrun, the group of all its processes, of which the first prints; else None.
+
+    A GPU of the machine for each, or its CPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    options: dict[str, Any] = {"backend": "gloo"}
+    if _device(device).type == "cuda":
+        index = int(os.environ["LOCAL_RANK"])
+        if _device(device).index is not None or index >= torch.cuda.device_count():
+            raise ValueError(
+                f"each process has a GPU: start one for each of the {torch.cuda.device_count()}, "
+                "without a number in --device"
+            )
+        torch.cuda.set_device(index)
+        options = {"backend": "nccl", "device_id": torch.device("cuda", index)}
+    dist.init_process_group(**options, timeout=PATIENCE)
+    quiet, console.quiet = console.quiet, dist.get_rank() != 0
+    try:
+        yield dist.group.WORLD
+    finally:
+        console.quiet = quiet
+        dist.destroy_process_group()
+
+
+def _is_first(group: Any) -> bool:
+    """Whether this process writes files: the first of a group, and one alone."""
+    return group is None or group.rank() == 0
+
+
+@contextmanager
 def _progress(description: str) -> Iterator[None]:
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     quiet = not console.is_terminal
@@ -657,11 +759,16 @@ def _validate(
     depth: str,
     show: bool,
     quantization: str | None = None,
+    group: Any = None,
 ) -> tuple[ValidationReport, QualityReport | None]:
     """Load, patch a copy, compare; `show` prints the patch report and both texts too.
 
-    With a quantization, of a quantized model, beside which what it costs is told.
+    With a quantization, of a quantized model, beside which what it costs is told. group: whose
+    ranks share the weights of the copy.
     """
+    options: dict[str, Any] = {"depth": depth}
+    if group is not None:
+        options["mp_group"] = group
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = _device(device)
@@ -670,11 +777,11 @@ def _validate(
         original = _loaded(transformers.AutoModelForCausalLM, path, dtype=getattr(torch, dtype))
         original = plain = original.to(where).eval()
         if quantization is not None:
-            options = {"quantization_config": TritonMLPConfig(format=quantization)}
-            options["dtype"] = getattr(torch, dtype)
-            original = _loaded(transformers.AutoModelForCausalLM, path, **options)
+            loading = {"quantization_config": TritonMLPConfig(format=quantization)}
+            loading["dtype"] = getattr(torch, dtype)
+            original = _loaded(transformers.AutoModelForCausalLM, path, **loading)
             original = original.to(where).eval()
-        model = patch_model(copy.deepcopy(original), depth=depth)
+        model = patch_model(copy.deepcopy(original), **options)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -695,7 +802,7 @@ def _validate(
         )
         cost = None
         if quantization is not None:
-            cost = quality.compare(patch_model(plain, depth=depth), model, ids)
+            cost = quality.compare(patch_model(plain, **options), model, ids)
     if show:
         console.print(str(patch_report(model)), highlight=False, soft_wrap=True)
         for name, each in (("original", original), ("patched", model)):

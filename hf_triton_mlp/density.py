@@ -45,6 +45,14 @@ def texts(tokens: Tensor, count: int, longest: int) -> Tensor:
     return tokens[: count * length].view(count, length)
 
 
+def _input_device(model: nn.Module) -> torch.device:
+    """Where a model takes tokens: where accelerate's hooks move them, or else its first weights."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), None)
+    return next(model.parameters()).device if found is None else torch.device(found)
+
+
 @torch.no_grad()
 def densities(
     model: nn.Module,
@@ -72,7 +80,7 @@ def densities(
 
     handles = [watch(name, module) for name, module in downs.items()]
     try:
-        model(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+        model(input_ids=ids.to(_input_device(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -303,10 +303,12 @@ def normed_mlp(
     plans: tuple[Plan | None, Plan | None] = (None, None),
     early: bool = False,
     branch_scale: float = 1.0,
+    carries: bool = True,
 ) -> Tensor:
     """MLP(norm(s)) + s, post-norm + norm(s), for s = x + residual + bias and rows x (tokens, H).
 
-    early: as in `TritonMLP.forward`. branch_scale: pre-norm, the sums are `scaled_add`s.
+    early: as in `TritonMLP.forward`. branch_scale: pre-norm, the sums are `scaled_add`s. carries:
+    as in `MLPGemmOp`.
     """
     w, scaled = weights, branch_scale != 1.0
     if scaled:
@@ -316,7 +318,7 @@ def normed_mlp(
     sparse = activation in SPARSE
     down_plan = plans[1] or plan_linear(x.shape[0], w.down, dtype=x.dtype, sparse=sparse)
     # cuBLAS adds its product to a matrix in place: that matrix may as well have the bias.
-    in_place = down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
+    in_place = carries and down_plan.kernel == "library" and not up_plan.fuses_norm and not scaled
     in_place = in_place and not multiplies_fp8(w.down, x.shape[0], x.dtype)
     carry = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     before = Norm(
@@ -331,8 +333,9 @@ def normed_mlp(
     if up_plan.kernel == down_plan.kernel == "library" and multiplies_both_fp8(w, x):
         u = normalize(x, residual, bias, before, pdl=up_plan.pdl)
         if scaled:
-            return scaled_add(carry, fp8_mlp(u, w, activation, NO_SUMMANDS), None, branch_scale)
-        return fp8_mlp(u, w, activation, Summands(carry))
+            branch = fp8_mlp(u, w, activation, NO_SUMMANDS)
+            return scaled_add(carry if carries else None, branch, None, branch_scale)
+        return fp8_mlp(u, w, activation, Summands(carry) if carries else NO_SUMMANDS)
     hidden = linear(
         x,
         w.up,
@@ -352,8 +355,8 @@ def normed_mlp(
         return carry.addmm_(hidden, w.down.t())
     if scaled:
         branch = linear(hidden, w.down, w.down_bias, plan=down_plan, waited=True)
-        return scaled_add(carry, branch, None, branch_scale)
-    summands = Summands(carry)
+        return scaled_add(carry if carries else None, branch, None, branch_scale)
+    summands = Summands(carry) if carries else NO_SUMMANDS
     return linear(hidden, w.down, w.down_bias, summands=summands, plan=down_plan, waited=True)
 
 

@@ -165,10 +165,16 @@ class QuantizedLinear(nn.Module):
                     destination[prefix + name] = getattr(weight, name)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self.as_quantized():
+            super()._load_from_state_dict(*args, **kwargs)
+
+    @contextmanager
+    def as_quantized(self) -> Iterator[None]:
+        """Have the weight stored as it was quantized meanwhile, as checkpoints have it."""
         by_input = self.quantized.by_input
         if by_input:
             self.store(stored_by_output(self.quantized))
-        super()._load_from_state_dict(*args, **kwargs)
+        yield
         if by_input:
             self.store(stored_by_input(self.quantized))
 

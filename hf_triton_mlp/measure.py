@@ -185,10 +185,12 @@ def device_times(
     *,
     rounds: int = 5,
     milliseconds: float = 10.0,
+    agreed: Callable[[int], int] = lambda replays: replays,
 ) -> dict[str, Times]:
     """Device time of graphs of `layers` layer halves, measured in turn, round by round.
 
-    A round of a graph takes about so many milliseconds; the first does not count.
+    A round of a graph takes about so many milliseconds; the first does not count. agreed: how often
+    processes replay graphs that wait for each other's, given how often this one would.
     """
 
     def measure(graph: torch.cuda.CUDAGraph, replays: int) -> float:
@@ -203,7 +205,7 @@ def device_times(
     replays = {}
     for name, graph in graphs.items():
         graph.replay()
-        replays[name] = max(1, min(200, int(milliseconds / measure(graph, 1))))
+        replays[name] = agreed(max(1, min(200, int(milliseconds / measure(graph, 1)))))
     measured: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():

@@ -32,9 +32,11 @@ from hf_triton_mlp.ops import (
     projection_functions,
 )
 from hf_triton_mlp.quantization import QuantizedWeight, from_flat_groups, same_format
+from hf_triton_mlp.ranks import Ranks, ranks_of
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_plain,
+    is_shard,
     read_branch_norm,
     read_norm,
     read_place,
@@ -61,8 +63,9 @@ class MLPConfig:
     None (no norm in front). pre_norm: the residual is what enters the norm; post-norm: what leaves
     it. branch_scale: what is added to a residual, in front of the norm and after the MLP, is
     multiplied by it. branch_norm: it is normalized, by an RMSNorm of this kind with the same
-    epsilon; `norm` is of the same kind or None. mp_size: ranks that share the weights. dtype: of
-    the weights; those of a TritonMLP built from the config may be int8, and the rest is float16.
+    epsilon; `norm` is of the same kind or None. mp_size: ranks that share the weights, in a
+    TritonMLP built from the config; intermediate_size is that of all of them. dtype: of the
+    weights; those of a TritonMLP built from the config may be int8, and the rest is float16.
     Raises ValueError or TypeError for a value that is not supported.
     """
 
@@ -169,9 +172,12 @@ class TritonMLP(StandIn):
     Built from a config it owns its parameters: attn_nw, attn_nb (norm, H), inter_w (I, H) and
     inter_b (up; a gated MLP has the gate's rows below the up rows: (2 I, H)), output_w (H, I) and
     output_b (down), and branch_nw (norms of attention's and of the MLP's output, (2, H)). With the
-    dtype int8, inter_w and output_w are codes, 0 until they are loaded, and have scales. Inside a
-    model it is made by `from_projections` and holds the model's own projections under their own
-    names, so that state_dict keys and adapters stay as they were.
+    dtype int8, inter_w and output_w are codes, 0 until they are loaded, and have scales. With an
+    mp_group, whose ranks share the weights, I is this rank's part of the intermediate size, norms
+    and output_b are the same on all, and all add up their results, at the same time.
+
+    Inside a model it is made by `from_projections` and holds the model's own projections under
+    their own names, so that state_dict keys and adapters stay as they were.
 
     On a GPU, without gradients, it runs fused Triton kernels. On the CPU, under autocast, when
     gradients are needed, in a model that is being trained, or when a part is not a plain layer
@@ -184,14 +190,16 @@ class TritonMLP(StandIn):
     def __init__(
         self,
         config: MLPConfig,
-        mp_group: object | None = None,
+        mp_group: Any = None,
         q_scales: Sequence[Tensor] | Tensor | None = None,
         q_groups: int = 1,
         merge_count: int = 1,
         mlp_extra_grouping: bool = False,
     ) -> None:
-        """For int8, as in DeepSpeed: value = code * scale, scales are of flat groups.
+        """mp_group: the torch.distributed.ProcessGroup of config.mp_size ranks, where it is not 1.
 
+        For int8, as in DeepSpeed: value = code * scale, scales are of flat groups. Of an mp_group,
+        each rank has a checkpoint's part, with scales of its own.
         q_scales: the last two are up's and down's; zeros may follow their numbers. A checkpoint's
         part of a matrix, row by row, is in q_groups groups of equal size, or with
         mlp_extra_grouping in twice as many. merge_count: how many checkpoints of a tensor-parallel
@@ -202,9 +210,15 @@ class TritonMLP(StandIn):
         numbers do not fit.
         """
         super().__init__()
-        if mp_group is not None or config.mp_size != 1:
-            raise NotImplementedError(
-                "sharded execution (mp_group, mp_size > 1) is not implemented yet"
+        ranks = ranks_of(mp_group)
+        size = 1 if ranks is None else ranks.size
+        if config.mp_size != size:
+            found = "there is no mp_group" if mp_group is None else f"mp_group has {size} ranks"
+            raise ValueError(f"mp_size is {config.mp_size}, and {found}")
+        if config.intermediate_size % size:
+            raise ValueError(
+                f"the intermediate size {config.intermediate_size} is not a multiple of the {size} "
+                "ranks of mp_group"
             )
         quantized = config.dtype is torch.int8
         if quantized != (q_scales is not None):
@@ -218,7 +232,8 @@ class TritonMLP(StandIn):
                 f"{config.dtype}"
             )
         self._configure(config)
-        H, I = config.hidden_size, config.intermediate_size  # noqa: E741
+        self.ranks = ranks
+        H, I = config.hidden_size, config.intermediate_size // size  # noqa: E741
         dtype = torch.float16 if quantized else config.dtype
 
         def parameter(present: bool, *shape: int) -> nn.Parameter | None:
@@ -359,6 +374,7 @@ class TritonMLP(StandIn):
         for name in (
             "mlp_config",
             "norm_class",
+            "ranks",
             "proving",
             "verified",
             "originals",
@@ -384,6 +400,8 @@ class TritonMLP(StandIn):
         self.mlp_config = config  # `config` is the model's, in most families' MLPs
         # Torch has no class for some: a norm whose family names none is called, never read.
         self.norm_class = norm_class or NORM_CLASSES.get(config.norm or "layer_norm", nn.Module)
+        #: Who shares the weights, of which this module has a part then.
+        self.ranks: Ranks | None = None
         #: Compute from the weights as read on any device, where there is no kernel in PyTorch.
         self.proving = False
         #: Whether a patch of this kind of layer was compared with the original when it was made.
@@ -434,6 +452,7 @@ class TritonMLP(StandIn):
         return (
             f"hidden={c.hidden_size}, intermediate={c.intermediate_size}, "
             f"activation={c.activation}, norm={c.norm}, pre_norm={c.pre_norm}"
+            + ("" if self.ranks is None else f", {self.ranks}")
         )
 
     def forward(
@@ -480,7 +499,7 @@ class TritonMLP(StandIn):
         if not normed and residual_norm is None and bias is not None:
             raise ValueError("bias needs a norm or residual_norm: without, there is no sum for it")
 
-        weights = self._weights(norm, projections, branch_norms)
+        weights = self._weights_for(input, norm, projections, branch_norms)
         parts = norm, projections, branch_norms
         if weights is not None:
             self._check_place(input, projections)
@@ -498,12 +517,18 @@ class TritonMLP(StandIn):
                     stacklevel=2,
                 )
             return self._call_parts(input, residual, residual_norm, bias, *parts)
+        if normed and self.ranks is not None and self.mlp_config.branch_norm is not None:
+            return self._branch_normed(input, weights, residual, bias)
+        carries = self.ranks is None or self.ranks.is_first
+        if not carries:
+            weights = weights._replace(down_bias=None)
         if normed:
-            output = self._mlp_gemm(input, weights, residual, bias)
+            output = self._mlp_gemm(input, weights, residual, bias, carries)
         elif residual_norm is None:
-            output = self._gelu_gemm(input, weights, residual)
+            output = self._gelu_gemm(input, weights, residual if carries else None)
         else:
-            output = self._gelu_gemm(residual_norm, weights, input, residual, bias)
+            summands = (input, residual, bias) if carries else ()
+            output = self._gelu_gemm(residual_norm, weights, *summands)
         if (
             bias is None
             and not torch.compiler.is_compiling()
@@ -513,7 +538,29 @@ class TritonMLP(StandIn):
             and not torch.cuda.is_current_stream_capturing()
         ):
             self._bind(input, residual, residual_norm, weights, *parts, early)
-        return output
+        return output if self.ranks is None else self.ranks.sum(output)
+
+    def _branch_normed(
+        self, input: Tensor, weights: MLPWeights, residual: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """With branch norms: what the last one takes is the sum of all ranks' results."""
+        assert self.ranks is not None
+        config = self.mlp_config
+        attention_norm, output_norm, norm = (
+            norm_function(kind, weight, None, config.norm_eps)
+            for kind, weight in (
+                (config.branch_norm, weights.attention_norm_weight),
+                (config.branch_norm, weights.output_norm_weight),
+                (config.norm, weights.norm_weight),
+            )
+        )
+        assert attention_norm is not None and output_norm is not None
+        total = attention_norm(input if bias is None else input + bias)
+        total = total if residual is None else residual + total
+        if not self.ranks.is_first:
+            weights = weights._replace(down_bias=None)
+        branch = self._gelu_gemm(total if norm is None else norm(total), weights)
+        return total + output_norm(self.ranks.sum(branch))
 
     def fuse(
         self,
@@ -537,7 +584,7 @@ class TritonMLP(StandIn):
             input, norm, projections, branch_norms
         )
         if not bound:
-            weights = self._weights(norm, projections, branch_norms)
+            weights = self._weights_for(input, norm, projections, branch_norms)
             if weights is None or needs_grad(input, *weights):
                 assert not self.proving, "only what is read can be proven"
                 return None
@@ -610,7 +657,8 @@ class TritonMLP(StandIn):
                 return None
         if input.shape[-1] != launches.hidden:
             return None
-        return launches(input, residual, early, residual_norm)
+        output = launches(input, residual, early, residual_norm)
+        return output if output is None or self.ranks is None else self.ranks.sum(output)
 
     def _bind(
         self,
@@ -640,6 +688,7 @@ class TritonMLP(StandIn):
             pre_norm=config.pre_norm,
             branch_scale=config.branch_scale,
             branch_norm=config.branch_norm if normed else None,
+            carries=self.ranks is None or self.ranks.is_first,
             early=early,
         )
 
@@ -659,6 +708,21 @@ class TritonMLP(StandIn):
         up, gate, down = self.projection_names
         assert up is not None and down is not None
         return getattr(self, up), None if gate is None else getattr(self, gate), getattr(self, down)
+
+    def _weights_for(
+        self,
+        input: Tensor,
+        norm: nn.Module | None,
+        projections: Projections | None,
+        branch_norms: BranchNorms | None,
+    ) -> MLPWeights | None:
+        """`_weights`; None too where a part would move this input to another device."""
+        found = self._weights(norm, projections, branch_norms)
+        parts = self._parts(norm, projections, branch_norms)
+        if found is not None and any(part is not None and has_own_forward(part) for part in parts):
+            if {tensor.device for tensor in found if tensor is not None} != {input.device}:
+                return None
+        return found
 
     def _weights(
         self,
@@ -684,6 +748,14 @@ class TritonMLP(StandIn):
             if not is_plain(child, self._adopted.get(name, type(child))):
                 return None  # another activation than there was, or hooks on it, say
         up, gate, down = self._projections(projections)
+        if self.ranks is not None:
+            for each in (up, gate, down):
+                if each is not None and not is_shard(each):
+                    raise RuntimeError(
+                        f"a projection of an MLP that ranks share is a {type(each).__name__}: "
+                        "unpatch_model, which gathers the weights, comes before adapters and other "
+                        "changes of layers"
+                    )
         up_read, down_read = read_projection(up), read_projection(down)
         gate_read = (None, None) if gate is None else read_projection(gate)
         if up_read is None or down_read is None or gate_read is None:
@@ -777,7 +849,7 @@ class TritonMLP(StandIn):
         parts: dict[str, Callable[[Tensor], Tensor] | None]
         if self.owns_weights:
             w, eps, kind = self._own_weights(), config.norm_eps, config.branch_norm
-            parts = projection_functions(w)
+            parts = projection_functions(w, self.ranks)
             parts["norm"] = norm_function(config.norm, w.norm_weight, w.norm_bias, eps)
             parts["attention_norm"] = norm_function(kind, w.attention_norm_weight, None, eps)
             parts["output_norm"] = norm_function(kind, w.output_norm_weight, None, eps)

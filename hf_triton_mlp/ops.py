@@ -20,6 +20,7 @@ from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import MLPWeights, Summands, linear, mlp, on_device, rows
 from hf_triton_mlp.quantization import QuantizedWeight, Weight, same_format
+from hf_triton_mlp.ranks import Ranks
 from hf_triton_mlp.reading import split_packed
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,6 +60,7 @@ def compose(
     attention_norm: Callable[[Tensor], Tensor] | None = None,
     output_norm: Callable[[Tensor], Tensor] | None = None,
     packed: str | None = None,
+    carries: bool = True,
 ) -> Tensor:
     """The MLP of DESIGN §3 in PyTorch, differentiable, from callables for its parts.
 
@@ -69,6 +71,7 @@ def compose(
     With attention_norm and output_norm (pre-norm): s = attention_norm(input + bias) + residual,
     u = norm(s), or s without `norm`, output_norm(MLP(u)) + s.
     packed: `up` computes the gate too, in this order (`split_packed`).
+    carries: whether the last summand joins, as in `MLPGemmOp`.
     """
     total = input
     if norm is not None or residual_norm is not None or attention_norm is not None:
@@ -99,7 +102,7 @@ def compose(
         output = output * branch_scale
     if output_norm is not None:
         output = output_norm(output)
-    return output if carry is None else carry + output
+    return carry + output if carries and carry is not None else output
 
 
 def check_branch_norm(
@@ -150,13 +153,33 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     return F.linear(x, values, bias)
 
 
-def projection_functions(weights: MLPWeights) -> dict[str, Callable[[Tensor], Tensor] | None]:
-    """up, gate and down as functions of x."""
-    gate = weights.gate
+def part_product(x: Tensor, weight: Weight, bias: Tensor | None, ranks: Ranks, dim: int) -> Tensor:
+    """`product`, for ranks with a part each of the weight: of its rows (0) or its columns (1).
+
+    Of its rows: the whole x to this rank's part of the results. Of its columns: this rank's part of
+    x to the whole results.
+    """
+    if dim == 0:
+        return product(ranks.copied(x), weight, bias)
+    output = ranks.summed(product(x, weight, None))
+    return output if bias is None else output + bias
+
+
+def projection_functions(
+    weights: MLPWeights, ranks: Ranks | None = None
+) -> dict[str, Callable[[Tensor], Tensor] | None]:
+    """up, gate and down as functions of x; ranks: who has the other parts of these weights."""
+
+    def function(weight: Weight, bias: Tensor | None, dim: int) -> Callable[[Tensor], Tensor]:
+        if ranks is None:
+            return lambda x: product(x, weight, bias)
+        return partial(part_product, weight=weight, bias=bias, ranks=ranks, dim=dim)
+
+    w = weights
     return {
-        "up": lambda x: product(x, weights.up, weights.up_bias),
-        "gate": None if gate is None else lambda x: product(x, gate, weights.gate_bias),
-        "down": lambda x: product(x, weights.down, weights.down_bias),
+        "up": function(w.up, w.up_bias, 0),
+        "gate": None if w.gate is None else function(w.gate, w.gate_bias, 0),
+        "down": function(w.down, w.down_bias, 1),
     }
 
 
@@ -346,6 +369,7 @@ def _mlp_gemm(
     pre_norm: bool,
     branch_scale: float = 1.0,
     branch_norm: str | None = None,
+    carries: bool = True,
 ) -> Tensor:
     weights = MLPWeights(
         up,
@@ -369,7 +393,7 @@ def _mlp_gemm(
             branch_scale=branch_scale,
             branch_norm=branch_norm,
         )
-        return op.compose(input, weights, residual, bias)
+        return op.compose(input, weights, residual, bias, carries)
     x, summand = rows(input), None if residual is None else rows(residual)
     with on_device(input):
         if branch_norm is not None:
@@ -395,6 +419,7 @@ def _mlp_gemm(
                 norm_eps=norm_eps,
                 pre_norm=pre_norm,
                 branch_scale=branch_scale,
+                carries=carries,
             )
     return out.view(input.shape)
 
@@ -560,16 +585,22 @@ class MLPGemmOp:
         weights: MLPWeights,
         residual: Tensor | None = None,
         bias: Tensor | None = None,
+        carries: bool = True,
     ) -> Tensor:
         """input, residual: (…, H); bias: (H,); returns (…, H) in the input's dtype.
 
-        Raises TypeError for dtypes and ValueError for shapes or devices that do not fit.
+        carries: False leaves the carry out of the sum: where the weights are shared by processes,
+        whose results add up to the MLP's, one adds it (and has the down projection's bias).
+        Raises TypeError for dtypes and ValueError for shapes or devices that do not fit, and for
+        norms behind what would not be the whole sum.
         """
+        if self.branch_norm is not None and not carries:
+            raise ValueError("with branch_norm the sum is normalized, so it has to be whole")
         if self.branch_norm is not None and weights.norm_bias is not None:
             raise ValueError("with branch_norm the norms have no biases, found a norm_bias")
         if not kernels_apply(input) or needs_grad(input, residual, bias, *weights):
             check_floating(input)
-            return self.compose(input, weights, residual, bias)
+            return self.compose(input, weights, residual, bias, carries)
         check_tensors(input, weights.up, residual)
         _check_weights(weights, input)
         _check_vector("bias", bias, input.shape[-1], input)
@@ -586,10 +617,16 @@ class MLPGemmOp:
             self.pre_norm,
             self.branch_scale,
             self.branch_norm,
+            carries,
         )
 
     def compose(
-        self, input: Tensor, weights: MLPWeights, residual: Tensor | None, bias: Tensor | None
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        carries: bool = True,
     ) -> Tensor:
         """The same in PyTorch operations, in the input's dtype, differentiable."""
         w, eps = weights, self.norm_eps
@@ -605,6 +642,7 @@ class MLPGemmOp:
             activation=self.activation,
             pre_norm=self.pre_norm,
             branch_scale=self.branch_scale,
+            carries=carries,
         )
 
     def reference(

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,9 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_triton_mlp import decoding, proof, structure
+from hf_triton_mlp import decoding, parallel, proof, structure
 from hf_triton_mlp.density import hidden_densities
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS, SPARSE
@@ -38,9 +40,12 @@ from hf_triton_mlp.mlp import (
 from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.quantization import QuantizationConfig, same_format
 from hf_triton_mlp.quantizer import check_quantizable, quantization_of, record
+from hf_triton_mlp.ranks import Ranks, ranks_of, together
 from hf_triton_mlp.reading import (
     has_own_forward,
+    is_offloaded,
     is_plain,
+    is_shard,
     read_branch_norm,
     read_epsilon,
     read_norm,
@@ -69,6 +74,7 @@ class PatchRow:
     weights: the format of quantized ones (and of rows that become fp8 too), their bytes as they
     were and as they are; else "".
     density: what part of the MLP's hidden values was not 0, where those that are get skipped.
+    part: whose part of the weights these are, where ranks share them.
     """
 
     layer: str
@@ -80,6 +86,7 @@ class PatchRow:
     reason: str
     weights: str = ""
     density: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class PatchReport:
             header = (*header[:3], "weights", *header[3:])
         if any(row.density for row in self.rows):
             header = (*header[:-2], "density", *header[-2:])
+        if any(row.part for row in self.rows):
+            header = (*header[:2], "part", *header[2:])
         table = [header, *(tuple(getattr(row, name) for name in header) for row in self.rows)]
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in table)
@@ -112,6 +121,7 @@ class _Swap:
     depth: str
     quantization: QuantizationConfig | None = None
     density: float | None = None
+    ranks: Ranks | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
@@ -132,6 +142,7 @@ def patch_model(
     quantization: str | QuantizationConfig | None = None,
     keep_originals: bool = False,
     sparsity: str = "auto",
+    mp_group: Any = None,
 ) -> Model:
     """Replace the MLP of every supported decoder layer by TritonMLP, in place; returns `model`.
 
@@ -152,6 +163,13 @@ def patch_model(
     decode steps, and the weights that they would multiply not read, in those layers where that is
     faster: the model computes a few random tokens first, and tells how many values are zeros. Their
     down projections lie in memory as (in, out) then, as they do not with "off".
+    mp_group: a torch.distributed.ProcessGroup whose ranks share the weights of the MLPs: each keeps
+    a part of the intermediate size, and all results are added up once a layer. The rest of the
+    model, and what it computes, is the same on each rank. All ranks call this with the same
+    arguments, and so they do with whatever runs the model, and with unpatch_model, state_dict and
+    save_pretrained, which gather the weights. Ranks whose models or arguments differ are refused,
+    an error on one is an error on all, and a rank that dies ends the others' calls with an error:
+    with gloo at once, with NCCL after the group's timeout.
 
     Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
     Every layer is checked before any is replaced, so that an error leaves the model as it was;
@@ -161,33 +179,50 @@ def patch_model(
 
     Raises ValueError when no layer is supported, or a layer cannot be patched faithfully (when
     verified, with more than twice torch's own error) or not quantized (weights that are not finite,
-    shared, adapted, offloaded or on the meta device), and RuntimeError for a GPU older than compute
-    capability 8.0.
+    shared, adapted, offloaded or on the meta device) or not shared by ranks (sizes that they do not
+    divide, adapted, offloaded), and RuntimeError for a GPU older than compute capability 8.0 and
+    for an error on another rank.
     """
-    config = None if quantization is None else quantization_of(quantization)
-    if depth not in ("layer", "mlp"):
-        raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
-    if sparsity not in ("auto", "off"):
-        raise ValueError(f'sparsity must be "auto" or "off", found {sparsity!r}')
-    if cuda_graphs:
-        decoding.generating(model)  # or an error, before anything is replaced
-    found = supported_layers(model, search=verify)
-    names = select([name for name, _, _ in found], include, exclude)
-    chosen = [each for each in found if each[0] in names and experts_of(*each[1:]) is None]
-    if not chosen:
-        raise ValueError(
-            "include and exclude leave no layer to patch: mixture-of-experts MLPs are not supported"
-        )
-    if config is not None:
-        check_quantizable(model, projection_names(model, chosen), config)
-    swaps = [
-        _check_layer(spec, name, layer, depth, config)
-        for name, layer, spec in chosen
-        if not _is_patched(name, layer, spec, depth)
-    ]
+    ranks = ranks_of(mp_group)
+    with together(ranks, "checking the model"):
+        config = None if quantization is None else quantization_of(quantization)
+        if depth not in ("layer", "mlp"):
+            raise ValueError(f'depth must be "layer" or "mlp", found {depth!r}')
+        if sparsity not in ("auto", "off"):
+            raise ValueError(f'sparsity must be "auto" or "off", found {sparsity!r}')
+        if cuda_graphs:
+            decoding.generating(model)  # or an error, before anything is replaced
+        found = supported_layers(model, search=verify)
+        names = select([name for name, _, _ in found], include, exclude)
+        chosen = [each for each in found if each[0] in names and experts_of(*each[1:]) is None]
+        if not chosen:
+            raise ValueError(
+                "include and exclude leave no layer to patch: mixture-of-experts MLPs are not "
+                "supported"
+            )
+        if config is not None:
+            check_quantizable(model, projection_names(model, chosen), config)
+        swaps = [
+            _check_layer(spec, name, layer, depth, config)
+            for name, layer, spec in chosen
+            if not _is_patched(name, layer, spec, depth, ranks, config)
+        ]
+        if ranks is not None:
+            swaps = [_shared(model, swap, ranks) for swap in swaps]
+    if ranks is not None:
+        kinds = {swap.name: f"{swap.spec.layer_class}, {swap.config}" for swap in swaps}
+        arguments = {
+            "depth": depth,
+            "verify": verify,
+            "cuda_graphs": cuda_graphs,
+            "quantization": str(config),
+            "keep_originals": keep_originals,
+            "sparsity": sparsity,
+        }
+        ranks.agree({**arguments, **kinds, **_checksums(model)}, "comparing the models")
     if sparsity == "auto":
-        swaps = _skipping_zeros(model, swaps)
-    verified = _verify(swaps) if verify else set()
+        swaps = _skipping_zeros(model, swaps, ranks)
+    verified = _verify(swaps, ranks) if verify else set()
     proven = [swap for swap in swaps if swap.name in verified or not by_structure(swap.spec)]
     if not proven and len(swaps) == len(chosen):
         raise not_supported(model, found)
@@ -195,13 +230,20 @@ def patch_model(
     swaps = proven
     layers = [(layer, spec) for name, layer, spec in chosen if name not in unproven]
     kept = {layer: {} for layer, _ in layers}
+    all_quantized = False
     try:
-        if config is not None:
-            for layer, spec in logging.tqdm(layers, desc="Quantizing MLPs", disable=None):
-                _quantize(layer, spec, config, kept[layer], keep_originals)
-        for swap in swaps:
-            _install(swap).verified = swap.name in verified
+        with together(ranks, "quantizing the weights"):
+            if config is not None:
+                for layer, spec in logging.tqdm(layers, desc="Quantizing MLPs", disable=None):
+                    _quantize(layer, spec, config, kept[layer], keep_originals)
+        all_quantized = True
+        with together(ranks, "replacing the MLPs"):
+            for swap in swaps:
+                _install(swap).verified = swap.name in verified
     except BaseException:  # no memory for one weight, or interrupted
+        if all_quantized:  # else no rank has come to where it keeps a part
+            for swap in swaps:
+                _gather(swap)
         for layer, spec in layers:
             _restore(spec.owner(layer), kept[layer])
         for swap in swaps:
@@ -255,6 +297,7 @@ def patched(
     cuda_graphs: bool = False,
     quantization: str | QuantizationConfig | None = None,
     sparsity: str = "auto",
+    mp_group: Any = None,
 ) -> Iterator[Model]:
     """Patch `model` for a with block, and leave it as it was; arguments as for patch_model."""
     before = {
@@ -273,6 +316,7 @@ def patched(
         quantization=quantization,
         keep_originals=True,
         sparsity=sparsity,
+        mp_group=mp_group,
     )
     try:
         yield model
@@ -334,9 +378,25 @@ def _depth(spec: MLPSpec, wanted: str) -> str:
     return "mlp" if spec.fused_layer is None else wanted
 
 
-def _is_patched(name: str, layer: nn.Module, spec: MLPSpec, depth: str) -> bool:
-    if _triton_mlp(layer, spec) is None:
+def _is_patched(
+    name: str,
+    layer: nn.Module,
+    spec: MLPSpec,
+    depth: str,
+    ranks: Ranks | None,
+    quantization: QuantizationConfig | None,
+) -> bool:
+    mlp = _triton_mlp(layer, spec)
+    if mlp is None:
         return False
+    if mlp.ranks != ranks:
+        group = "without an mp_group" if mlp.ranks is None else "with another mp_group, or with one"
+        raise ValueError(f"{name} is already patched, {group}; call unpatch_model first")
+    if ranks is not None and quantization is not None:
+        raise ValueError(
+            f"{name} is already patched, and its weights are shared by {ranks.size} ranks; call "
+            "unpatch_model first to quantize them"
+        )
     present = "layer" if isinstance(layer, FusedLayer) else "mlp"
     if present != _depth(spec, depth):
         raise ValueError(
@@ -355,6 +415,7 @@ def _check_layer(
 ) -> _Swap:
     """Everything that could go wrong with a layer goes wrong here, before any is changed."""
     depth = _depth(spec, depth)
+    _check_whole(spec, name, layer)
     if depth == "mlp" and spec.mlp is None:
         raise ValueError(
             f"{name}: {short(spec.layer_class)} computes its MLP inline, so there is no module "
@@ -414,13 +475,57 @@ def _check_layer(
     return _Swap(spec, name, layer, config, depth, quantization)
 
 
+def _shared(model: nn.Module, swap: _Swap, ranks: Ranks) -> _Swap:
+    """The swap for ranks that share its weights; ValueError where they cannot."""
+    spec, name = swap.spec, swap.name
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for path in spec.paths:
+        projection = spec.owner(swap.layer).get_submodule(path)
+        if read_projection(projection) is None:
+            raise ValueError(
+                f"{name}: {path}, a {type(projection).__name__}, cannot be shared by ranks; "
+                "supported: plain Linear, Conv1D and QuantizedLinear without hooks and adapters"
+            )
+        if any(holders[id(p)] > 1 for p in projection._parameters.values() if p is not None):
+            raise ValueError(f"{name}: {path} has a weight that is another module's too")
+    down = spec.projections(swap.layer)[2]
+    try:
+        parallel.check_parts(down, swap.config.intermediate_size, ranks.size, swap.quantization)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    return replace(swap, ranks=ranks)
+
+
+def _checksums(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """What tells one model's parameters and buffers from another's, but for shared ones."""
+    found = {}
+    for prefix, module in model.named_modules():
+        if is_shard(module):
+            continue
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                values = str(tensor.dtype), tuple(tensor.shape), _checksum(tensor)
+                found[f"{prefix}.{name}"] = values
+    return found
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """The sum of a plain tensor's bits, taken as integers, in any order."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    if tensor.is_meta or not plain:
+        return 0
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().view(integers[min(tensor.itemsize, 8)])
+    return int(bits.sum(dtype=torch.int64))
+
+
 def _called_norms(spec: MLPSpec, layer: nn.Module, config: MLPConfig) -> list[str]:
     """The norms of a fused layer that the kernels do not read."""
     cls, found = _norm_class(spec) or nn.Module, []
     for name, norm in spec.norms(layer).items():
         read = read_branch_norm if name in (spec.branch_norms or ()) else read_norm
         if read(norm, cls, config.norm_eps) is None:
-            found.append(f"{name} ({type(norm).__name__})")
+            found.append(f"{name} ({'offloaded' if is_offloaded(norm) else type(norm).__name__})")
     return found
 
 
@@ -428,6 +533,23 @@ def _norm_class(spec: MLPSpec) -> type[nn.Module] | None:
     """spec.norm_class, which is loaded where its family is; None if it is not."""
     module, _, name = spec.norm_class.rpartition(".")
     return getattr(sys.modules.get(module), name, None)
+
+
+def _check_whole(spec: MLPSpec, name: str, layer: nn.Module) -> None:
+    """Refuse weights of which this process holds a part, by somebody else's rules."""
+    for path, parameter in layer.named_parameters():
+        outside = spec.attention is None or not path.startswith(f"{spec.attention}.")
+        if outside and isinstance(parameter, DTensor):
+            placed = " ".join(map(str, parameter.placements))
+            raise _sharded(f"{name}: {path} is a DTensor, {placed}")
+
+
+def _sharded(found: str) -> ValueError:
+    return ValueError(
+        f"{found}: the model is sharded, by transformers (tp_plan) or FSDP, say; supported are "
+        "whole weights, which patch_model(..., mp_group=...) shards, and FSDP around a model that "
+        "is patched already"
+    )
 
 
 def _check_forward(name: str, module: nn.Module) -> None:
@@ -445,6 +567,8 @@ def _sizes(
     """(hidden, intermediate) from the plain projections, or from what wrappers tell."""
     up_read, down_read = read_projection(up), read_projection(down)
     if up_read is not None:
+        if len(up_read[0].shape) != 2:  # of the first FSDP, with use_orig_params
+            raise _sharded(f"{name}: a weight is {tuple(up_read[0].shape)}, not a matrix")
         intermediate, hidden = up_read[0].shape
         intermediate //= 1 + packed
     elif down_read is not None:
@@ -491,7 +615,7 @@ def _get(layer: nn.Module, path: str) -> Any:
 # --- verify -----------------------------------------------------------------------------------
 
 
-def _verify(swaps: list[_Swap]) -> set[str]:
+def _verify(swaps: list[_Swap], ranks: Ranks | None) -> set[str]:
     """The layers whose patch computes what they do, shown by the first of each kind.
 
     Those that cannot be shown are left out; ValueError for one that computes something else, unless
@@ -504,9 +628,11 @@ def _verify(swaps: list[_Swap]) -> set[str]:
     proven = set()
     for kind, swap in first.items():
         try:
-            if _prove(swap):
-                proven.add(kind)
-        except ValueError:
+            with together(ranks, f"verifying the patch of {swap.name}"):
+                shown = _prove(swap)
+            if ranks is None or all(ranks.exchange(shown, "verifying")):
+                proven |= {kind} if shown else set()
+        except (ValueError, RuntimeError):
             if not by_structure(swap.spec):
                 raise
     if torch.cuda.is_initialized():
@@ -561,7 +687,7 @@ def _prove(swap: _Swap) -> bool:
         else:
             module, attention = layer.get_submodule(spec.mlp or ""), None
             patch = lambda twin: _adopt(swap, twin)  # noqa: E731
-            unpatch = lambda twin: twin.release()  # noqa: E731
+            unpatch = lambda twin: _release(twin, spec)  # noqa: E731
         normed = swap.config.branch_norm is not None
         scales = proof.NORMED_SCALES if normed else proof.SCALES
         in_codes = quantized or any(
@@ -587,8 +713,8 @@ def _prove(swap: _Swap) -> bool:
     return True
 
 
-def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
-    """The swaps, with the densities of those whose zeros it pays to skip."""
+def _skipping_zeros(model: nn.Module, swaps: list[_Swap], ranks: Ranks | None) -> list[_Swap]:
+    """The swaps, with the densities of those whose zeros it pays to skip; the first rank's."""
 
     def down_of(swap: _Swap) -> tuple[nn.Module, Linear | None]:
         """The down projection, and what it is for one row; None where nothing can be skipped."""
@@ -597,6 +723,7 @@ def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
         if read is None or read[0].device.type != ("cpu" if INTERPRETED else "cuda"):
             return down, None
         linear, config = linear_of(1, read[0], False, swap.config.dtype), swap.quantization
+        linear = linear._replace(K=linear.K // (1 if ranks is None else ranks.size))
         if isinstance(down, QuantizedLinear):
             config = down.config
         if config is not None:
@@ -611,11 +738,15 @@ def _skipping_zeros(model: nn.Module, swaps: list[_Swap]) -> list[_Swap]:
         if linear is not None and pays_to_skip(linear, 0.0)
     }
     downs = {name: down for name, (down, _) in could.items()}
-    found = hidden_densities(model, downs) if could else {}
-    pays = {name for name, density in found.items() if pays_to_skip(could[name][1], density)}
-    return [
-        replace(swap, density=found[swap.name]) if swap.name in pays else swap for swap in swaps
-    ]
+    densities = hidden_densities(model, downs) if could else {}
+    found = {
+        name: density
+        for name, density in densities.items()
+        if pays_to_skip(could[name][1], density)
+    }
+    if ranks is not None:
+        found = ranks.exchange(found, "counting zeros")[0]
+    return [replace(swap, density=found.get(swap.name)) for swap in swaps]
 
 
 # --- replace, and the way back ----------------------------------------------------------------
@@ -627,6 +758,7 @@ def _install(swap: _Swap) -> TritonMLP:
         activation = _get(layer, spec.activation)
         mlp = TritonMLP.inline(swap.config, activation, _norm_class(spec))
         layer.add_module("mlp", mlp.train(layer.training))
+        _share(swap, layer, mlp)
         if swap.density is not None:
             mlp.skip_zeros(spec.projections(layer)[2], swap.density)
     else:
@@ -646,15 +778,48 @@ def _adopt(swap: _Swap, mlp: Any) -> TritonMLP:
     stand_in(kind, type(mlp)).adopt(mlp, swap.config, **names, norm_class=norm_class)
     if isinstance(mlp, structure.FoundMLP):
         mlp.spec = spec
+    _share(swap, mlp, mlp)
     if swap.density is not None:
         mlp.skip_zeros(mlp.get_submodule(spec.down), swap.density)
     return mlp
+
+
+def _share(swap: _Swap, owner: nn.Module, mlp: TritonMLP) -> None:
+    """Leave this rank's part of the projections of an MLP."""
+    ranks, spec = swap.ranks, swap.spec
+    if ranks is None:
+        return
+    mlp.ranks = ranks
+    for path in spec.paths:
+        projection = owner.get_submodule(path)
+        if not is_shard(projection):
+            blocks = 1 if spec.packed is None or path == spec.down else 2
+            parallel.shard(projection, parallel.Part(ranks, int(path == spec.down), blocks))
+
+
+def _gather(swap: _Swap) -> None:
+    """Have the whole projections again, also where not all ranks have come to `_share` them."""
+    spec, owner = swap.spec, swap.spec.owner(swap.layer)
+    mlp = _triton_mlp(swap.layer, spec)
+    if swap.ranks is not None:
+        _share(swap, owner, TritonMLP.inline(swap.config) if mlp is None else mlp)
+    for path in spec.paths:
+        parallel.unshard(owner.get_submodule(path))
+
+
+def _release(mlp: TritonMLP, spec: MLPSpec) -> None:
+    """Undo `_adopt`."""
+    for path in spec.paths:
+        parallel.unshard(mlp.get_submodule(path))
+    mlp.release()
 
 
 def _uninstall(layer: nn.Module, spec: MLPSpec) -> None:
     mlp = _triton_mlp(layer, spec)
     if mlp is None:
         return
+    for path in spec.paths:
+        parallel.unshard(spec.owner(layer).get_submodule(path))
     _restore(spec.owner(layer), mlp.originals)
     if spec.mlp is None:
         if mlp.density is not None:
@@ -732,6 +897,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     device = "-" if place is None else str(place[1])
     weights = _quantized_bytes([up, gate, down])
     mlp = _triton_mlp(layer, spec)
+    part = "" if mlp is None or mlp.ranks is None else str(mlp.ranks)
     if mlp is None or up is None or down is None:
         reason = f"mixture of experts ({experts})" if experts else "not patched"
         return PatchRow(name, "-", dtype, device, "-", "-", reason, weights)
@@ -746,7 +912,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     replaced = _half(spec, layer) if isinstance(layer, FusedLayer) else "MLP"
     read = read_projection(up)
     called = [
-        f"{path} ({type(module).__name__})"
+        f"{path} ({'offloaded' if is_offloaded(module) else type(module).__name__})"
         for path, module in ((spec.up, up), (spec.gate, gate), (spec.down, down))
         if module is not None and read_projection(module) is None
     ]
@@ -759,13 +925,15 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
         plan = "PyTorch"
-        return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights, density)
+        rest = weights, density, part
+        return PatchRow(name, replaced, dtype, device, plan, verified, reason, *rest)
     weight = read[0]
     if weight.device.type != "cuda":
         plan, reason = "PyTorch", ""
         if weight.device.type == "meta":
             plan, reason = "-", "waits for weights"
-        return PatchRow(name, replaced, dtype, device, plan, verified, reason, weights, density)
+        rest = weights, density, part
+        return PatchRow(name, replaced, dtype, device, plan, verified, reason, *rest)
     if spec.packed is not None:
         weight, _ = split_packed(spec.packed, weight)
     rows_dtype = None if place is None else place[0]
@@ -773,7 +941,8 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     sparse = mlp.mlp_config.activation in SPARSE
     down_plan = plan_linear(1, (down_read or read)[0], dtype=rows_dtype, sparse=sparse)
     plan = f"decode: {up_plan}; {down_plan}"
-    return PatchRow(name, replaced, dtype, device, plan, verified, "", weights, density)
+    rest = weights, density, part
+    return PatchRow(name, replaced, dtype, device, plan, verified, "", *rest)
 
 
 def _quantized_bytes(projections: Iterable[nn.Module | None]) -> str:

@@ -15,7 +15,7 @@ from hf_triton_mlp.launchers import multiplies_fp8
 from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.quantization import QuantizedWeight, fp8_rows
-from hf_triton_mlp.reading import has_own_forward, is_plain, split_packed
+from hf_triton_mlp.reading import is_plain, runs_its_class, split_packed
 
 #: What attention returns.
 ATTENTION_SCALE = 1 / 32
@@ -61,7 +61,7 @@ def can_run(module: nn.Module, attention: str | None) -> bool:
         for name, part in module.named_modules()
         if name and not (attention is not None and f"{name}.".startswith(f"{attention}."))
     )
-    return not has_own_forward(module) and all(is_plain(part, type(part)) for part in parts)
+    return runs_its_class(module) and all(is_plain(part, type(part)) for part in parts)
 
 
 @torch.inference_mode(False)
@@ -96,6 +96,8 @@ def errors(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     memo: dict[int, Any] = {id(old): copy.deepcopy(new) for old, new in quantized.items()}
+    hooks = (part.__dict__.get("_hf_hook") for part in module.modules())
+    memo |= {id(hook): hook for hook in hooks if hook is not None}  # they know of tied weights
     parameters = list(inspect.signature(module.forward).parameters.values())
     required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     stand_in = None

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
 from hf_triton_mlp.linear import quantized_linears
+from hf_triton_mlp.reading import projection_weight
 from hf_triton_mlp.validation import windows
 
 #: Tokens of a prompt, and new ones, that decoding is timed with.
@@ -60,8 +60,8 @@ def compare(original: Any, quantized: Any, tokens: Tensor, *, window: int = 1024
         count += len(part) - 1
     errors: dict[str, float] = {}
     for name, linear in quantized_linears(quantized):
-        before = original.get_submodule(name)
-        weight = (before.weight.t() if type(before) is Conv1D else before.weight).float()
+        weight: Any = projection_weight(original.get_submodule(name))
+        weight = weight.float()
         difference = linear.quantized.dequantize(torch.float32).to(weight.device) - weight
         errors[name] = (difference.norm() / weight.norm()).item()
     if not errors:

@@ -17,7 +17,7 @@ from hf_triton_mlp.layers import mlp_projections
 from hf_triton_mlp.linear import QuantizedLinear, dequantize_linears, quantized_linears
 from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.quantization import LARGEST, QuantizationConfig
-from hf_triton_mlp.reading import read_projection
+from hf_triton_mlp.reading import has_own_forward, read_projection
 
 #: What config.json calls models that are quantized here.
 METHOD = "hf_triton_mlp"
@@ -183,7 +183,7 @@ def check_quantizable(
                 f'quantization_config=TritonMLPConfig(format="{config.format}")) quantizes weights '
                 "while it loads them"
             )
-        read = read_projection(linear)
+        read = None if has_own_forward(linear) else read_projection(linear)
         if read is None or not isinstance(weight, Tensor) or not weight.dtype.is_floating_point:
             raise ValueError(
                 f"{name}, a {type(linear).__name__}, cannot be quantized; supported: plain Linear "

@@ -1,5 +1,6 @@
 """A model's modules, read instead of called: which may be, and what they hold."""
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable
@@ -23,6 +24,9 @@ EPSILONS = ("eps", "variance_epsilon")
 #: Subclasses of nn.Linear that compute what it does; by name, so that no family is imported.
 LINEARS = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
+#: What accelerate gives modules to move their inputs to their device, and offloaded weights too.
+ALIGN_DEVICES = "accelerate.hooks.AlignDevicesHook"
+
 #: Our layer of a quantized weight; by name, since its operation is made of what is read here.
 QUANTIZED = "hf_triton_mlp.linear.QuantizedLinear"
 
@@ -43,6 +47,32 @@ def has_own_forward(module: nn.Module) -> bool:
     """
     forward = module.__dict__.get("forward")
     return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
+def only_moves_inputs(module: nn.Module) -> bool:
+    """Whether the instance's forward is its class's, behind a hook of accelerate that moves what
+    it is given to the module's device: what dispatch_model gives to parts that stay on theirs."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    forward = module.__dict__.get("forward")
+    return (
+        full_name(type(hook)) == ALIGN_DEVICES
+        and not (hook.offload or hook.no_grad)
+        and isinstance(forward, functools.partial)
+        and forward.func.__module__ == type(hook).__module__
+        and getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward
+    )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the module's weights in for each call."""
+    hook: Any = module.__dict__.get("_hf_hook")
+    hooks: Any = getattr(hook, "hooks", (hook,))
+    return any(full_name(type(each)) == ALIGN_DEVICES and each.offload for each in hooks)
+
+
+def runs_its_class(module: nn.Module) -> bool:
+    """Whether nothing but its class's forward computes what the module returns, hooks aside."""
+    return not has_own_forward(module) or only_moves_inputs(module)
 
 
 def computes_the_same(function: Callable[..., Any], other: Callable[..., Any]) -> bool:
@@ -77,47 +107,75 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Whether calling `module` does what its class says, so that its weights may be read instead.
 
     Not so for another class (LoRA wrappers, quantized layers, parametrizations), for a module
-    with hooks, and for one whose forward was replaced on the instance. Backward hooks do not
-    matter: the kernels run only where nothing needs a gradient.
+    with hooks, and for one whose forward was replaced on the instance, but by accelerate, to move
+    inputs: what reads it has to ask whether they are on its device. Backward hooks do not matter:
+    the kernels run only where nothing needs a gradient.
     """
     return (
         type(module) in classes
         and not module._forward_hooks
         and not module._forward_pre_hooks
-        and not has_own_forward(module)
+        and runs_its_class(module)
     )
 
 
 def read_parameters(module: nn.Module) -> tuple[Tensor | None, Tensor | None] | None:
-    """(weight, bias) of a module, None if either is a tensor subclass (quantized, distributed)."""
+    """(weight, bias) of a module, None if either must not be read.
+
+    A tensor subclass (quantized, distributed), or no parameter or buffer: FSDP's views of what it
+    has gathered for a call are attributes.
+    """
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     plain = (nn.Parameter, Tensor, type(None))
     if type(weight) not in plain or type(bias) not in plain:
         return None
+    if any(isinstance(module.__dict__.get(name), Tensor) for name in ("weight", "bias")):
+        return None
     return weight, bias  # pyright: ignore[reportReturnType]
 
 
+def is_shard(module: nn.Module) -> bool:
+    """Whether a projection is the part of one that a rank has (`parallel.Shard`)."""
+    return hasattr(type(module), "shard_of")
+
+
+def projection_class(module: nn.Module) -> type:
+    """The class of a projection; of a part of one, that of the whole."""
+    return getattr(type(module), "shard_of", type(module))
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is our layer of a quantized weight, or of a part of one."""
+    return full_name(projection_class(module)) == QUANTIZED
+
+
 def read_projection(module: nn.Module) -> tuple[Weight, Tensor | None] | None:
-    """(weight as (out, in), bias) of a plain Linear, Conv1D or QuantizedLinear.
+    """(weight as (out, in), bias) of a plain Linear, Conv1D or QuantizedLinear, or a part of one.
 
     None if it must be called.
     """
-    cls = type(module)
+    cls = projection_class(module)
     name = None if cls in (nn.Linear, Conv1D) else full_name(cls)
     known = name is None or name == QUANTIZED or name in LINEARS
-    if not known or not is_plain(module, cls):
+    if not known or not is_plain(module, type(module)):
         return None
-    if name == QUANTIZED:
-        return module.quantized, module.bias  # pyright: ignore[reportReturnType]
-    read = read_parameters(module)
-    if read is None or read[0] is None:
-        return None
-    return read[0].t() if cls is Conv1D else read[0], read[1]
+    if name != QUANTIZED:
+        read = read_parameters(module)
+        if read is None or read[0] is None:
+            return None
+    return projection_weight(module), module.bias  # pyright: ignore[reportReturnType]
+
+
+def projection_weight(module: Any) -> Weight:
+    """The weight (out, in) of a layer of one of these classes."""
+    if is_quantized(module):
+        return module.quantized
+    return module.weight.t() if projection_class(module) is Conv1D else module.weight
 
 
 def read_place(module: nn.Module) -> tuple[torch.dtype, torch.device] | None:
     """What a projection, also a wrapped one, computes in, and where; None if that is unknown."""
-    if full_name(type(module)) == QUANTIZED:
+    if is_quantized(module):
         return module.dtype, module.codes.device  # pyright: ignore[reportReturnType]
     weight = getattr(module, "weight", None)
     return (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
@@ -182,7 +240,7 @@ def store_for_zeros(linear: nn.Module) -> bool:
     and one with infinite or NaN values, which multiply even zeros.
     """
     read = read_projection(linear)
-    if read is None or full_name(type(linear)) in LINEARS:
+    if read is None or full_name(projection_class(linear)) in LINEARS:
         return False
     weight, module = read[0], cast(Any, linear)
     if isinstance(weight, QuantizedWeight):
@@ -194,13 +252,14 @@ def store_for_zeros(linear: nn.Module) -> bool:
         return False
     with torch.inference_mode(False):
         by_input = weight.data.t().contiguous()
-        module.weight.data = by_input if type(linear) is Conv1D else by_input.t()
+        of_conv1d = projection_class(linear) is Conv1D
+        module.weight.data = by_input if of_conv1d else by_input.t()
     return True
 
 
 def store_as_before(linear: nn.Module) -> None:
     """Undo `store_for_zeros`, if the weight is still there."""
-    if full_name(type(linear)) == QUANTIZED:
+    if is_quantized(linear):
         if linear.quantized.by_input:  # pyright: ignore
             linear.store(stored_by_output(linear.quantized))  # pyright: ignore
         return

@@ -713,14 +713,6 @@ def test_bad_config(change: dict[str, object], error: type[Exception], text: str
         MLPConfig(**values)  # type: ignore[arg-type]
 
 
-def test_what_is_not_implemented_says_so() -> None:
-    config = MLPConfig(hidden_size=8, intermediate_size=16)
-    with pytest.raises(NotImplementedError, match="mp_group"):
-        TritonMLP(config, mp_group=object())
-    with pytest.raises(NotImplementedError, match="mp_size"):
-        TritonMLP(MLPConfig(hidden_size=8, intermediate_size=16, mp_size=2))
-
-
 def test_mismatched_projections() -> None:
     config = MLPConfig(hidden_size=8, intermediate_size=16)
     with pytest.raises(ValueError, match=r"down projection.*\(8, 15\).*\(8, 16\)"):

@@ -235,6 +235,73 @@ def test_bound_launches_scale_it_too(
     assert torch.equal(calls[-1].tensors[-1], op(x, weights, summand))
 
 
+FORMS = {"pre-norm": {}, "post-norm": {"pre_norm": False}, "scaled": {"branch_scale": 0.3}}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 19])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_carry_may_be_left_out(form: str, tokens: int, device: str) -> None:
+    """As all but one of the processes do that share the weights: the sum has it once."""
+    weights = mlp_weights(40, 48, torch.float32, device, gated=True)
+    op = MLPGemmOp(activation="silu", norm="layer_norm", **FORMS[form])
+    x, r = torch.randn(2, tokens, 40).to(weights.up)
+    halves = []
+    for first, half in ((True, slice(24)), (False, slice(24, 48))):
+        part = weights._replace(
+            up=weights.up[half],
+            down=weights.down[:, half].contiguous(),
+            up_bias=weights.up_bias[half],
+            down_bias=weights.down_bias if first else None,
+            gate=weights.gate[half],
+            gate_bias=weights.gate_bias[half],
+        )
+        halves.append(op(x, part, r, carries=first))
+    with torch.no_grad():
+        torch.testing.assert_close(sum(halves), op(x, weights, r), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"whole"):
+        MLPGemmOp(activation="silu", norm=None, branch_norm="rms_norm")(
+            x, weights._replace(norm_weight=None, norm_bias=None), carries=False
+        )
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the proof of each patch runs them")
+@pytest.mark.parametrize("form", [*FORMS, "parallel", "alone"])
+def test_bound_launches_leave_it_out_too(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moving: list[torch.Tensor | None] = []
+
+    def launch_once(call: Launch, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        launch(call)
+        moving[:] = tensors
+
+    monkeypatch.setattr(bound, "bind", launch_once)
+    weights = mlp_weights(40, 48, torch.float32, "cpu", gated=True)._replace(down_bias=None)
+    x, r, u = torch.randn(3, 2, 40)
+    given = {"parallel": (x, r, u), "alone": (x, r, None)}.get(form, (x, r, None))
+    norm = "layer_norm" if form in FORMS else None
+    options = FORMS.get(form, {})
+    for carries in (True, False):
+        bound.BoundMLP(weights.up, torch.float32).bind(
+            *given,
+            weights,
+            activation="silu",
+            norm=norm,
+            norm_eps=1e-5,
+            **options,
+            carries=carries,
+            early=False,
+        )
+        with torch.no_grad():
+            if norm is not None:
+                op = MLPGemmOp(activation="silu", norm=norm, **options)
+                expected = op.compose(x, weights, r, None, carries)
+            else:
+                summands = () if not carries else (x, r) if form == "parallel" else (r,)
+                source = u if form == "parallel" else x
+                expected = GELUGemmOp(activation="silu").compose(source, weights, *summands)
+        torch.testing.assert_close(moving[3], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 19])
