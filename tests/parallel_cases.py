@@ -520,6 +520,18 @@ def refused() -> None:
         broken.model.decoder.layers[1].activation_fn = nn.Softplus()
     message = refuses(broken, RuntimeError, ValueError)
     assert "Softplus" in message and (rank == 1 or "rank 1" in message), message
+    errors = patching.proof.errors
+    if rank == 1:
+
+        def out_of_memory(*given: Any) -> Any:
+            raise RuntimeError("CUDA out of memory")
+
+        patching.proof.errors = out_of_memory  # type: ignore[assignment]
+    try:
+        message = refuses(build("opt"), RuntimeError, ValueError)
+    finally:
+        patching.proof.errors = errors
+    assert "out of memory" in message and (rank == 1 or "rank 1" in message), message
     shared = build("llama")
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     assert "another module" in refuses(shared, ValueError)
