@@ -40,7 +40,7 @@ from hf_triton_mlp.mlp import (
 from hf_triton_mlp.ops import DTYPES
 from hf_triton_mlp.quantization import QuantizationConfig, same_format
 from hf_triton_mlp.quantizer import check_quantizable, quantization_of, record
-from hf_triton_mlp.ranks import Ranks, ranks_of, together
+from hf_triton_mlp.ranks import RankError, Ranks, ranks_of, together
 from hf_triton_mlp.reading import (
     has_own_forward,
     is_offloaded,
@@ -61,6 +61,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 #: How PyTorch, Triton and cuBLAS say that a GPU is full.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
+
+VERIFYING = "verifying the patch"
 
 
 @dataclass(frozen=True)
@@ -628,11 +630,11 @@ def _verify(swaps: list[_Swap], ranks: Ranks | None) -> set[str]:
     proven = set()
     for kind, swap in first.items():
         try:
-            with together(ranks, f"verifying the patch of {swap.name}"):
+            with together(ranks, VERIFYING):
                 shown = _prove(swap)
-            if ranks is None or all(ranks.exchange(shown, "verifying")):
+            if ranks is None or all(ranks.exchange(shown, VERIFYING)):
                 proven |= {kind} if shown else set()
-        except (ValueError, RuntimeError):
+        except (ValueError, RankError):
             if not by_structure(swap.spec):
                 raise
     if torch.cuda.is_initialized():
@@ -682,11 +684,11 @@ def _prove(swap: _Swap) -> bool:
     try:
         if swap.depth == "layer":
             module, attention = layer, spec.attention
-            patch = lambda twin: _install(replace(swap, layer=twin))  # noqa: E731
+            install = lambda twin: _install(replace(swap, layer=twin))  # noqa: E731
             unpatch = lambda twin: _uninstall(twin, spec)  # noqa: E731
         else:
             module, attention = layer.get_submodule(spec.mlp or ""), None
-            patch = lambda twin: _adopt(swap, twin)  # noqa: E731
+            install = lambda twin: _adopt(swap, twin)  # noqa: E731
             unpatch = lambda twin: _release(twin, spec)  # noqa: E731
         normed = swap.config.branch_norm is not None
         scales = proof.NORMED_SCALES if normed else proof.SCALES
@@ -694,9 +696,18 @@ def _prove(swap: _Swap) -> bool:
             isinstance(each, QuantizedLinear) for each in spec.projections(layer)
         )
         rows = proof.QUANTIZED_ROWS if in_codes else (1,)
+
+        def patch(twin: nn.Module) -> TritonMLP:
+            mlp = install(twin)
+            if swap.ranks is not None:
+                swap.ranks.meet(VERIFYING)  # before they add up what they compute
+            return mlp
+
         errors = proof.errors(module, attention, like, patch, unpatch, scales, quantized, rows)
+    except RankError:
+        raise
     except Exception as error:
-        if any(text in str(error) for text in NO_MEMORY):
+        if swap.ranks is None and any(text in str(error) for text in NO_MEMORY):
             return False
         raise ValueError(
             f"{name}: a copy of it cannot be run to verify its patch ({type(error).__name__}: "

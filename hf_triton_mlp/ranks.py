@@ -1,27 +1,29 @@
 """The processes that share the weights of MLPs, and what they do together."""
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-#: For torch.compile; not in all builds of PyTorch.
-FUNCTIONAL: Any = (
-    importlib.import_module("torch.distributed._functional_collectives")
-    if dist.is_available()
-    else None
+#: Not in all builds of PyTorch.
+functional: Any = (
+    import_module("torch.distributed._functional_collectives") if dist.is_available() else None
 )
+
+
+class RankError(RuntimeError):
+    """An error of another rank, or the loss of one: nobody has to be told of it."""
 
 
 class Ranks:
     """A process group, this process's rank in it, and their number.
 
     What is called here is called by all ranks, in the same order. A rank that dies ends the call on
-    the others with a RuntimeError: gloo's at once, else when the group's timeout has passed.
+    the others with a RankError: gloo's at once, else when the group's timeout has passed.
     """
 
     def __init__(self, group: Any) -> None:
@@ -72,7 +74,7 @@ class Ranks:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' tensors, in place; a new one under torch.compile."""
         if torch.compiler.is_compiling():
-            return FUNCTIONAL.all_reduce(tensor, "sum", self.group)
+            return functional.all_reduce(tensor, "sum", self.group)
         if tensor.numel() and not tensor.is_meta:
             try:
                 dist.all_reduce(tensor, group=self.group)
@@ -126,16 +128,22 @@ class Ranks:
         """What all ranks get through, or none: an error on one is raised on the others too."""
         try:
             yield
+        except RankError:
+            raise
         except BaseException as error:
-            with suppress(RuntimeError):  # the others may be gone: this one says more
+            with suppress(RankError):  # the others may be gone: this one says more
                 self.exchange(f"{type(error).__name__}: {error}", doing)
             raise
+        self.meet(doing)
+
+    def meet(self, doing: str) -> None:
+        """Wait for all ranks; RankError where one has left `together` with an error."""
         for rank, error in enumerate(self.exchange(None, doing)):
             if error is not None:
-                raise RuntimeError(f"rank {rank} of {self.size} failed while {doing}: {error}")
+                raise RankError(f"rank {rank} of {self.size} failed while {doing}: {error}")
 
-    def _lost(self, doing: str, error: Exception) -> RuntimeError:
-        return RuntimeError(f"{self} lost the others while {doing}: {error}")
+    def _lost(self, doing: str, error: Exception) -> RankError:
+        return RankError(f"{self} lost the others while {doing}: {error}")
 
 
 def ranks_of(group: Any) -> Ranks | None:

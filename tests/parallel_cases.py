@@ -520,6 +520,18 @@ def refused() -> None:
         broken.model.decoder.layers[1].activation_fn = nn.Softplus()
     message = refuses(broken, RuntimeError, ValueError)
     assert "Softplus" in message and (rank == 1 or "rank 1" in message), message
+    errors = patching.proof.errors
+    if rank == 1:
+
+        def out_of_memory(*given: Any) -> Any:
+            raise RuntimeError("CUDA out of memory")
+
+        patching.proof.errors = out_of_memory  # type: ignore[assignment]
+    try:
+        message = refuses(build("opt"), RuntimeError, ValueError)
+    finally:
+        patching.proof.errors = errors
+    assert "out of memory" in message and (rank == 1 or "rank 1" in message), message
     shared = build("llama")
     shared.model.layers[1].mlp.up_proj.weight = shared.model.layers[0].mlp.up_proj.weight
     assert "another module" in refuses(shared, ValueError)
@@ -623,7 +635,8 @@ def interpreted(name: str, **changes: Any) -> None:
 
 def zeros() -> None:
     """Each rank skips those of its part of the hidden values."""
-    tuning.SPARSE_BYTES = 20_000
+    tuning.SPARSE_BYTES = dict.fromkeys(tuning.SPARSE_BYTES, 8_000)
+    tuning.SPARSE_COST = dict.fromkeys(tuning.SPARSE_COST, 1)
     model = opt()
     exact, ids = copy.deepcopy(model).float(), torch.arange(6, device=DEVICE)[None]
     before, strides = state(model), [p.stride() for p in model.parameters()]
@@ -640,6 +653,20 @@ def zeros() -> None:
     unpatch_model(model)
     assert [p.stride() for p in model.parameters()] == strides
     assert_equal_states(state(model), before)
+    for form in ("int8", "int4"):
+        whole = opt()
+        model = copy.deepcopy(whole)
+        patch_model(whole, quantization=form, sparsity="off", verify=False)
+        patch_model(model, quantization=form, mp_group=group(), verify=False)
+        down = model.model.decoder.layers[0].fc2
+        assert down.quantized.by_input
+        assert_equal_states(model.state_dict(), state(whole))
+        with torch.no_grad():
+            found, expected = model(ids).logits.float(), whole(ids).logits.float()
+            assert (found - expected).norm() <= 4e-3 * expected.norm()
+            down.scales.zero_()
+            model.load_state_dict(whole.state_dict())
+            assert down.quantized.by_input and torch.equal(found, model(ids).logits.float())
 
 
 def _families() -> dict[str, Case]:
