@@ -117,9 +117,10 @@ def shard(linear: nn.Module, part: Part) -> None:
     """
     split = _split(linear, part)
     with torch.inference_mode(False):
-        for name, dim in split.items():
-            tensor = getattr(linear, name)
-            tensor.data = part.take(tensor.data, dim)
+        # All, or none where there is no memory for one.
+        taken = {name: part.take(getattr(linear, name).data, dim) for name, dim in split.items()}
+        for name, tensor in taken.items():
+            getattr(linear, name).data = tensor
     _resize(linear, part, 1, part.ranks.size)
     _become(linear, part, split)
 
@@ -131,9 +132,10 @@ def unshard(linear: nn.Module) -> None:
     part = linear.part
     assert linear.original_class is not None
     with torch.inference_mode(False):
-        for name, dim in linear.split.items():
-            tensor = getattr(linear, name)
-            tensor.data = part.gather(tensor.data, dim)
+        split = linear.split.items()
+        gathered = {name: part.gather(getattr(linear, name).data, dim) for name, dim in split}
+        for name, tensor in gathered.items():
+            getattr(linear, name).data = tensor
     _resize(linear, part, part.ranks.size, 1)
     del linear.part, linear.split
     change_class(linear, linear.original_class)
