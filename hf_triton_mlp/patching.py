@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from hf_triton_mlp import decoding, parallel, proof, structure
@@ -58,6 +57,9 @@ from hf_triton_mlp.specs import MLPSpec, activation_name, full_name, short
 from hf_triton_mlp.tuning import Linear, check_capability, pays_to_skip
 
 Model = TypeVar("Model", bound=nn.Module)
+
+#: What holds a part of a tensor; by name, since not all builds of PyTorch have it.
+DTENSOR = "torch.distributed.tensor.DTensor"
 
 #: How PyTorch, Triton and cuBLAS say that a GPU is full.
 NO_MEMORY = ("out of memory", "ALLOC_FAILED")
@@ -541,8 +543,9 @@ def _check_whole(spec: MLPSpec, name: str, layer: nn.Module) -> None:
     """Refuse weights of which this process holds a part, by somebody else's rules."""
     for path, parameter in layer.named_parameters():
         outside = spec.attention is None or not path.startswith(f"{spec.attention}.")
-        if outside and isinstance(parameter, DTensor):
-            placed = " ".join(map(str, parameter.placements))
+        if outside and full_name(type(parameter)) == DTENSOR:
+            tensor: Any = parameter
+            placed = " ".join(map(str, tensor.placements))
             raise _sharded(f"{name}: {path} is a DTensor, {placed}")
 
 
