@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_triton_mlp.peer_memory import peer_memory
+
 #: Not in all builds of PyTorch.
 functional: Any = (
     import_module("torch.distributed._functional_collectives") if dist.is_available() else None
@@ -77,7 +79,11 @@ class Ranks:
             return functional.all_reduce(tensor, "sum", self.group)
         if tensor.numel() and not tensor.is_meta:
             try:
-                dist.all_reduce(tensor, group=self.group)
+                memory = peer_memory(self.group, tensor)
+                if memory is not None and memory.takes(tensor):
+                    memory.sum(tensor)
+                else:
+                    dist.all_reduce(tensor, group=self.group)
             except RuntimeError as error:
                 raise self._lost("adding up what they computed of an MLP", error) from error
         return tensor

@@ -24,6 +24,7 @@ from hf_triton_mlp.kernels import INTERPRETED
         "test_quantized_kernels.py",
         "test_quantized_row.py",
         "test_sparse.py",
+        "test_peer_memory.py",
     ],
 )
 def test_kernels_under_the_interpreter(file: str) -> None:

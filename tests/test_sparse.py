@@ -31,7 +31,7 @@ from hf_triton_mlp.reading import store_as_before, store_for_zeros
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-with_kernels = pytest.mark.usefixtures() if INTERPRETED else pytest.mark.gpu
+with_kernels = pytest.mark.filterwarnings("default") if INTERPRETED else pytest.mark.gpu
 DTYPES = [torch.float16, torch.bfloat16]
 #: Outputs and depth: a part of a chunk, and on a GPU those of a model too.
 SIZES = [(128, 300)] if INTERPRETED else [(128, 300), (768, 3072), (4096, 16384)]

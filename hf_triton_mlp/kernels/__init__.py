@@ -4,6 +4,7 @@ import triton
 
 from hf_triton_mlp.kernels.attention import combine_attention_kernel, decode_attention_kernel
 from hf_triton_mlp.kernels.decode import decode_linear_kernel
+from hf_triton_mlp.kernels.exchange import sum_ranks_kernel
 from hf_triton_mlp.kernels.greedy import greatest_logits_kernel, next_token_kernel
 from hf_triton_mlp.kernels.norm import norm_kernel, norm_sum_kernel, residual_add_kernel
 from hf_triton_mlp.kernels.persistent import persistent_linear_kernel
@@ -48,5 +49,6 @@ __all__ = [
     "skinny_linear_kernel",
     "sparse_linear_kernel",
     "stream_linear_kernel",
+    "sum_ranks_kernel",
     "tiled_linear_kernel",
 ]

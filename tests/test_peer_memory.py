@@ -1,0 +1,75 @@
+"""The sum that GPUs write to each other's memory: ranks one after the other, in one memory each.
+
+What each waits for is there already: the others' blocks and flags.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_triton_mlp.kernels import INTERPRETED
+from hf_triton_mlp.launchers import launch
+from hf_triton_mlp.peer_memory import BLOCK_BYTES, PeerMemory
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = pytest.mark.filterwarnings("default") if INTERPRETED else pytest.mark.gpu
+BLOCKS = 4
+
+
+class Ranks:
+    """Memory of each of some ranks on one GPU."""
+
+    def __init__(self, count: int) -> None:
+        size = PeerMemory.size(count, BLOCKS)
+        self.bytes = [torch.zeros(size, dtype=torch.uint8, device=DEVICE) for _ in range(count)]
+        addresses = [each.data_ptr() for each in self.bytes]
+        self.memories = [PeerMemory(rank, addresses, BLOCKS, DEVICE) for rank in range(count)]
+
+    def place(self, reader: int, writer: int, epoch: int) -> Tensor:
+        """Where a rank finds what another wrote."""
+        blocks = self.bytes[reader][: 2 * len(self.bytes) * BLOCKS * BLOCK_BYTES]
+        return blocks.view(2, len(self.bytes), -1)[epoch % 2, writer]
+
+    def flags(self, reader: int, writer: int) -> Tensor:
+        flags = self.bytes[reader][2 * len(self.bytes) * BLOCKS * BLOCK_BYTES :]
+        return flags.view(torch.int32).view(len(self.bytes), BLOCKS)[writer]
+
+    def write(self, reader: int, writer: int, epoch: int, x: Tensor) -> None:
+        """What another rank's kernel does."""
+        self.place(reader, writer, epoch)[: x.nbytes] = x.view(torch.uint8)
+        self.flags(reader, writer).fill_(epoch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("count", "size"), [(2, 96), (2, 2000), (3, 1025)])
+def test_ranks_sum(count: int, size: int, dtype: torch.dtype) -> None:
+    ranks = Ranks(count)
+    size = min(size, BLOCKS * BLOCK_BYTES // dtype.itemsize)
+    for epoch in (1, 2, 3):
+        parts = [torch.randn(size).to(DEVICE, dtype) for _ in range(count)]
+        total = torch.zeros(size, device=DEVICE)
+        for part in parts:
+            total += part.float()
+        # The first finds all others' flags; each of the rest those of the ones before it.
+        for rank in range(count):
+            for other in range(rank + 1, count):
+                ranks.write(rank, other, epoch, parts[other])
+        for rank, part in enumerate(parts):
+            found = part.clone()
+            assert ranks.memories[rank].takes(found)
+            launch(ranks.memories[rank].launch(found))
+            rounding = 2**-7 if INTERPRETED and dtype == torch.bfloat16 else 0.0  # it cuts
+            torch.testing.assert_close(found, total.to(dtype), rtol=rounding, atol=0.0)
+            for other in set(range(count)) - {rank}:
+                written = ranks.place(other, rank, epoch)[: part.nbytes].view(dtype)
+                assert torch.equal(written, part)
+                used = -(-part.nbytes // BLOCK_BYTES)
+                assert ranks.flags(other, rank)[:used].tolist() == [epoch] * used
+
+
+def test_what_is_summed_otherwise() -> None:
+    memory = Ranks(2).memories[0]
+    assert memory.takes(torch.empty(BLOCKS * BLOCK_BYTES // 4))
+    assert not memory.takes(torch.empty(BLOCKS * BLOCK_BYTES // 4 + 1))
+    assert not memory.takes(torch.empty(8, dtype=torch.float64))
+    assert not memory.takes(torch.empty(4, 8).t())
