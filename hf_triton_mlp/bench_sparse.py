@@ -27,7 +27,7 @@ SHAPES = {
     "opt-30b": CASES["opt-30b"],
 }
 #: Parts of the hidden values that are 0 in all rows.
-ZEROS = (0.0, 0.8, 0.9, 0.95, 0.97)
+ZEROS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97)
 ROWS = (1, 4, 16)
 #: Weights as they were.
 PLAIN = "16 bits"
