@@ -114,7 +114,13 @@ def test_what_is_measured_and_shown(tmp_path: Path) -> None:
     check(record, NAMES, ROWS)
     for cell in record["cells"]:
         medians = {name: each["median"] for name, each in cell["device_us"].items()}
-        assert medians == {"whole": 12.0, "sharded": 9.0, "part": 7.0, "all_reduce": 3.0}
+        assert medians == {
+            "whole": 12.0,
+            "sharded": 9.0,
+            "part": 7.0,
+            "all_reduce": 3.0,
+            "library": 5.0,
+        }
         assert cell["speedup"] == pytest.approx(12 / 9, abs=1e-3)
         assert cell["all_reduce_share"] == pytest.approx(3 / 9, abs=1e-3)
     assert latencies(record) == {RANKS: 3.0}
