@@ -829,7 +829,8 @@ def sparse_launch(plan: Plan, x: Tensor, weight: Weight, out: Tensor) -> Launch:
         plan.pdl,
     )
     grid = (N // plan.block_n * plan.splits, 1, 1)
-    options = plan.num_warps, 1, plan.pdl
+    # By itself ptxas takes so few on Ampere that some spill.
+    options = plan.num_warps, 1, plan.pdl, None if plan.pdl else 255
     return Launch(sparse_linear_kernel, grid, tensors, scalars, constants, *options)
 
 

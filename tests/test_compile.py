@@ -24,7 +24,8 @@ from hf_triton_mlp.kernels import (
 )
 from hf_triton_mlp.launchers import NO_SUMMANDS, Launch, Norm, Summands
 from hf_triton_mlp.measure import CASES, Case
-from hf_triton_mlp.quantization import QuantizationConfig, Weight, blank
+from hf_triton_mlp.peer_memory import PeerMemory
+from hf_triton_mlp.quantization import QuantizationConfig, Weight, blank, stored_by_input
 from hf_triton_mlp.tuning import PDL_CAPABILITY, Linear, Plan, choose
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -239,11 +240,26 @@ def test_an_offset_norm_compiles(tokens: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-@pytest.mark.parametrize("N", [128, 768, 4096])
+@pytest.mark.parametrize(
+    ("N", "config"),
+    [
+        *((N, None) for N in (128, 768, 4096)),
+        *((4096, QuantizationConfig(format=name)) for name in ("int8", "fp8", "int4")),
+        (4096, QuantizationConfig(format="int4", symmetric=False)),
+    ],
+    ids=str,
+)
 def test_what_skips_zeros_compiles(
-    N: int, tokens: int, dtype: torch.dtype, capability: tuple[int, int], tmp_path: Path
+    N: int,
+    config: QuantizationConfig | None,
+    tokens: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int],
+    tmp_path: Path,
 ) -> None:
     weight = torch.empty((4 * N, N), dtype=dtype, device="meta").t()
+    if config is not None:
+        weight = stored_by_input(blank((N, 4 * N), config, "meta"))
     x, out = (torch.empty((tokens, size), dtype=dtype, device="meta") for size in (4 * N, N))
     plan = choose(launchers.linear_of(tokens, weight, False, dtype, True), capability)
     parts = launchers.split_parts(plan, out, gated=False)
@@ -252,6 +268,17 @@ def test_what_skips_zeros_compiles(
     assert plan.kernel == "sparse"
     for call in (first, second):
         check_compiles(call, capability, tmp_path)
+    if config is not None:  # rows of prompts
+        values = torch.empty((4 * N, 256), dtype=dtype, device="meta").t()
+        check_compiles(launchers.dequantize_launch(weight, 128, values), capability, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_sums_of_ranks_compile(ranks: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    memory = PeerMemory(1, [0] * ranks, 256, torch.device("meta"))
+    call = memory.launch(torch.empty((4, 4096), dtype=dtype, device="meta"))
+    check_compiles(call, (9, 0), tmp_path)
 
 
 @pytest.mark.parametrize("capability", SHARED)
