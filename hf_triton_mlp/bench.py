@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -150,8 +151,10 @@ def _name(place: dict[str, Any]) -> str:
 
 def new_run() -> dict[str, Any]:
     """What was called, and when."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    shared = f"torchrun --nproc-per-node {ranks} -m hf_triton_mlp"
     return {
-        "command": " ".join(["hf-triton-mlp", *sys.argv[1:]]),
+        "command": " ".join([shared if ranks > 1 else "hf-triton-mlp", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -227,9 +227,11 @@ def test_layers_on_two_gpus(
     assert [row.device for row in rows] == ["cuda:0", "cuda:1", "cuda:1"]
     assert all(row.plan.startswith("decode: ") and row.reason == "" for row in rows), rows
     found, ours = tokens_and_logits(model, inputs)
-    exact = logits(reference)
-    tiny.assert_as_accurate(ours.cpu(), theirs.cpu(), exact)
-    assert torch.equal(found, tokens) or dtype != torch.float32
+    if dtype == torch.float32:  # in float64 transformers' bloom makes NaN of padding
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        assert torch.equal(found, tokens)
+    else:
+        tiny.assert_as_accurate(ours.cpu(), theirs.cpu(), logits(reference))
     mlps = [module for module in model.modules() if isinstance(module, TritonMLP)]
     assert [mlp._bound is not None for mlp in mlps] == 3 * [True], "launches on both GPUs"
     assert [mlp._bound.launches.device_index for mlp in mlps if mlp._bound] == [0, 1, 1]
@@ -250,7 +252,8 @@ def test_a_layer_across_two_gpus(family: str) -> None:
     for away in ([up], [up, norm], [norm]):
         model = tiny.build(family)
         expected = logits(model)
-        away = [*away, *([tiny.PLACES[family].gate] if up in away else [])]
+        if up in away and family == "llama":  # what it computes with both is where both are
+            away = [*away, tiny.PLACES[family].gate, "mlp.act_fn"]
         device_map = places(model, family, (0, 0, 0), others=0)
         del device_map[f"{path}.1"]
         for name, module in model.get_submodule(f"{path}.1").named_modules():
