@@ -15,22 +15,22 @@ from hf_triton_mlp.kernels import INTERPRETED
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run natively on this machine")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "file",
+    "files",
     [
         "test_ops.py",
         "test_mlp.py",
         "test_attention.py",
-        "test_step_ops.py",
+        "test_step_ops.py test_peer_memory.py",
         "test_quantized_kernels.py",
         "test_quantized_row.py",
         "test_sparse.py",
-        "test_peer_memory.py",
     ],
 )
-def test_kernels_under_the_interpreter(file: str) -> None:
+def test_kernels_under_the_interpreter(files: str) -> None:
+    paths = [str(Path(__file__).with_name(file)) for file in files.split()]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-m", "not gpu",
-         "-k", "not opcheck", str(Path(__file__).with_name(file))],
+         "-k", "not opcheck", *paths],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
