@@ -15,7 +15,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from hf_triton_mlp.parallel import parts
-from hf_triton_mlp.patching import patch_model
+from hf_triton_mlp.patching import patch_model, skip_zeros
+from hf_triton_mlp.quantizer import METHOD, TritonMLPConfig, TritonMLPQuantizer
 from hf_triton_mlp.ranks import ranks_of, together
 
 #: What a rank has of a tensor: (dim, start, length) of each block, as `parallel.parts` says it.
@@ -38,9 +39,11 @@ def load_sharded(
 
     path_or_name: a folder, or a name on the model hub, of a causal language model. dtype: by
     default the config's, or that of the checkpoint. device: by default this process's GPU, if any.
-    Nothing is compared, for there are no whole weights, and no zeros are counted to be skipped.
+    Checkpoints that TritonMLPConfig has quantized are read as they are, parts of codes and scales.
+    Nothing is compared, for there are no whole weights.
     Raises ValueError for missing weights and other shapes than the config's, by name, for
-    quantized checkpoints, and for quantization, which needs whole weights, and as patch_model does.
+    checkpoints of other quantizers, and for quantization, which needs whole weights, and as
+    patch_model does.
     """
     ranks = ranks_of(mp_group)
     if device is None:
@@ -53,6 +56,10 @@ def load_sharded(
         patch_model(model, mp_group=mp_group, **patch)
         with together(ranks, f"loading {path_or_name}"):
             _load(model, where, 1 if ranks is None else ranks.size, torch.device(device))
+            if getattr(model, "is_quantized", False):
+                model.hf_quantizer.postprocess_model(model)
+    if patch.get("sparsity", "auto") == "auto":
+        skip_zeros(model)
     return model
 
 
@@ -81,15 +88,14 @@ def _without_weights(
 ) -> Any:
     """The model as from_pretrained makes it, its parameters on the meta device."""
     config = transformers.AutoConfig.from_pretrained(path_or_name)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{path_or_name} is quantized; load_sharded reads plain weights, and quantized ones "
-            "are from_pretrained's, and then patch_model's with mp_group"
-        )
+    quantizer = _quantizer(path_or_name, config)
     found = dtype or config.dtype or _floating(where)
     found = getattr(torch, found) if isinstance(found, str) else found
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=found)
+        if quantizer is not None:
+            quantizer.preprocess_model(model)
+            model.hf_quantizer = quantizer
     model.tie_weights()
     if any(getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict")):
         raise ValueError(f"{type(model).__name__} keeps some weights in float32 by their names")
@@ -105,6 +111,21 @@ def _without_weights(
             )
         model.generation_config = generation
     return model.eval()
+
+
+def _quantizer(path_or_name: str | os.PathLike[str], config: Any) -> TritonMLPQuantizer | None:
+    """What reads a quantized checkpoint; ValueError for another quantizer's."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    given = found if isinstance(found, dict) else found.to_dict()
+    if given.get("quant_method") != METHOD:
+        raise ValueError(
+            f"{path_or_name} is quantized by {given.get('quant_method')}; supported: plain weights "
+            f"and {METHOD}"
+        )
+    quantization: Any = TritonMLPConfig.from_dict(given)
+    return TritonMLPQuantizer(quantization, pre_quantized=True)
 
 
 def _floating(where: dict[str, Any]) -> torch.dtype:
@@ -128,7 +149,7 @@ def _load(model: Any, where: dict[str, Any], count: int, device: torch.device) -
     absent = [
         names[0][0]
         for names in holders.values()
-        if names[0][2] in names[0][1]._parameters and not any(key in keys for key, _, _ in names)
+        if getattr(names[0][1], names[0][2]).is_meta and not any(key in keys for key, _, _ in names)
     ]
     if absent:
         more = f" and {len(absent) - 5} more" if absent[5:] else ""
@@ -142,11 +163,13 @@ def _load(model: Any, where: dict[str, Any], count: int, device: torch.device) -
                 module._buffers[name] = tensor.to(device)
                 continue
             part = tensor, parts(module).get(name, []), count, device
+            found: Any
             found, *others = (_read(where[keys[key]], keys[key], *part) for key in stored)
             if any(not torch.equal(found, other) for other in others):
                 raise ValueError(
                     f"{' and '.join(stored)} are one by the config, and differ in the checkpoint"
                 )
+            found._is_hf_initialized = True
             if isinstance(tensor, nn.Parameter):
                 found = nn.Parameter(found, tensor.requires_grad)
             for _, owner, own_name in names:

@@ -268,6 +268,23 @@ def patch_model(
     return model
 
 
+def skip_zeros(model: nn.Module) -> None:
+    """Do what `sparsity="auto"` says in layers that were patched before they had weights.
+
+    All ranks that share them call it.
+    """
+    patched = {
+        name: (_Swap(spec, name, layer, mlp.mlp_config, "", ranks=mlp.ranks), mlp)
+        for name, layer, spec in decoder_layers(model)
+        if (mlp := _triton_mlp(layer, spec)) is not None and mlp.density is None
+    }
+    ranks = next((swap.ranks for swap, _ in patched.values()), None)
+    for swap in _skipping_zeros(model, [swap for swap, _ in patched.values()], ranks):
+        if swap.density is not None:
+            _, mlp = patched[swap.name]
+            mlp.skip_zeros(swap.spec.projections(swap.layer)[2], swap.density)
+
+
 def unpatch_model(model: Model) -> Model:
     """Put the original modules and classes back, the same objects; returns `model`.
 
@@ -728,7 +745,7 @@ def _prove(swap: _Swap) -> bool:
 
 
 def _skipping_zeros(model: nn.Module, swaps: list[_Swap], ranks: Ranks | None) -> list[_Swap]:
-    """The swaps, with the densities of those whose zeros it pays to skip; the first rank's."""
+    """The swaps, with the densities of those whose zeros it pays to skip; alike on all ranks."""
 
     def down_of(swap: _Swap) -> tuple[nn.Module, Linear | None]:
         """The down projection, and what it is for one row; None where nothing can be skipped."""
@@ -737,7 +754,8 @@ def _skipping_zeros(model: nn.Module, swaps: list[_Swap], ranks: Ranks | None) -
         if read is None or read[0].device.type != ("cpu" if INTERPRETED else "cuda"):
             return down, None
         linear, config = linear_of(1, read[0], False, swap.config.dtype), swap.quantization
-        linear = linear._replace(K=linear.K // (1 if ranks is None else ranks.size))
+        if ranks is not None and not is_shard(down):
+            linear = linear._replace(K=linear.K // ranks.size)
         if isinstance(down, QuantizedLinear):
             config = down.config
         if config is not None:
@@ -753,13 +771,15 @@ def _skipping_zeros(model: nn.Module, swaps: list[_Swap], ranks: Ranks | None) -
     }
     downs = {name: down for name, (down, _) in could.items()}
     densities = hidden_densities(model, downs) if could else {}
+    if ranks is not None:  # of the part that each has, where they have parts
+        each = ranks.exchange(densities, "counting zeros")
+        known = [name for name in densities if all(name in one for one in each)]
+        densities = {name: sum(one[name] for one in each) / ranks.size for name in known}
     found = {
         name: density
         for name, density in densities.items()
         if pays_to_skip(could[name][1], density)
     }
-    if ranks is not None:
-        found = ranks.exchange(found, "counting zeros")[0]
     return [replace(swap, density=found.get(swap.name)) for swap in swaps]
 
 

@@ -32,6 +32,7 @@ from hf_triton_mlp import (
     TritonMLP,
     decoding,
     launchers,
+    load_sharded,
     ops,
     parallel,
     patch_model,
@@ -211,7 +212,7 @@ def checkpoints() -> None:
         patch_model(model, mp_group=group())
         model.save_pretrained(folder / name, is_main_process=dist.get_rank() == 0)
         dist.barrier()
-        loaded = AutoModelForCausalLM.from_pretrained(folder / name)
+        loaded = AutoModelForCausalLM.from_pretrained(folder / name).to(DEVICE)
         assert_equal_states(state(loaded), before)
         assert torch.equal(tokens(loaded), expected)
         other = tiny.randomized(copy.deepcopy(loaded), seed=3)
@@ -654,6 +655,15 @@ def zeros() -> None:
     unpatch_model(model)
     assert [p.stride() for p in model.parameters()] == strides
     assert_equal_states(state(model), before)
+    folder = Path(dist_folder()) / "saved"
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    for sparsity in ("auto", "off"):
+        model = load_sharded(folder, group(), device=DEVICE, sparsity=sparsity)
+        found = [row.density for row in patch_report(model).rows]
+        assert found == [rows[0].density if sparsity == "auto" else "", ""]
+        with torch.no_grad():
+            tiny.assert_as_accurate(model(ids).logits, own, reference)
     for form in ("int8", "int4"):
         whole = opt()
         model = copy.deepcopy(whole)

@@ -1,5 +1,7 @@
 """Models of which each rank reads its part from the files, against those that are loaded whole."""
 
+import json
+import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,9 @@ from hf_triton_mlp import (
     patch_report,
     unpatch_model,
 )
+from hf_triton_mlp.linear import quantized_linears
 from hf_triton_mlp.parallel import Shard, parts
+from hf_triton_mlp.quantization import QuantizationConfig
 
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
 TRAINED = ("bloom", "gemma", "gpt2", "llama", "opt-post-norm", "opt-pre-norm")
@@ -115,6 +119,27 @@ def assert_as_loaded_whole(path: Path, dtype: torch.dtype | None = None) -> None
     assert not any(isinstance(module, (Shard, TritonMLP)) for module in model.modules())
 
 
+def quantized(name: str, folder: Path) -> None:
+    """Codes and scales are read, of each rank its part."""
+    model, read = loaded(folder / name)
+    whole: Any = AutoModelForCausalLM.from_pretrained(folder / name).eval()
+    expected = whole.state_dict()
+    assert model.config.to_dict() == whole.config.to_dict() and model.is_quantized
+    patch_model(whole, mp_group=group())
+    rows = patch_report(model).rows
+    assert all(row.weights and row.part for row in rows)
+    assert torch.equal(logits(model), logits(whole))
+    layers = dict(quantized_linears(model))
+    assert len(layers) == 2 * len(rows) == len(dict(quantized_linears(whole)))
+    for path, layer in layers.items():
+        key = next(key for key in read if f"{path}.codes".endswith(key))
+        assert read[key] == layer.codes.nbytes
+    unpatch_model(model)
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
 def trained(name: str, folder: Path) -> None:
     assert_as_loaded_whole(CHECKPOINTS / name)
 
@@ -161,7 +186,8 @@ REFUSED = {
     "no-such-weight": r"the checkpoint has no model\.layers\.1\.mlp\.down_proj\.weight$",
     "another-shape": r"mlp\.up_proj\.weight is \[52, 16\] in the checkpoint, and \[52, 32\]",
     "not-tied": r"transformer\.wte\.weight and lm_head\.weight are one by the config, and differ",
-    "quantized": r"is quantized; load_sharded reads plain weights",
+    "another-quantizer": r"is quantized by fp8; supported: plain weights and ",
+    "no-codes": r"the checkpoint has no transformer\.h\.0\.mlp\.c_fc\.codes$",
     "no-files": r"has neither model\.safetensors nor model\.safetensors\.index\.json",
 }
 
@@ -174,6 +200,7 @@ def cases() -> dict[str, Case]:
         "several-files": in_several_files,
         "base-model": of_the_base_model,
         "cuda-graphs-and-depth": with_cuda_graphs_and_depth,
+        **{name: partial(quantized, name) for name in ("int8", "int4")},
         "no-quantization": not_quantized_meanwhile,
         **{name: partial(refused, name, text) for name, text in REFUSED.items()},
     }
@@ -200,9 +227,20 @@ def write(folder: Path) -> None:
     tensors = load_file(path)
     head = {"lm_head.weight": tensors["transformer.wte.weight"] + 1}
     save_file({**tensors, **head}, path, {"format": "pt"})
-    quantized = patch_model(tiny.build("gpt2"), quantization="int8")
-    assert isinstance(quantized.config.quantization_config, TritonMLPConfig)
-    quantized.save_pretrained(folder / "quantized")
+    for form in (QuantizationConfig(format="int8"), QuantizationConfig(group_size=32)):
+        model = patch_model(tiny.build("gpt2", n_inner=128), quantization=form)
+        assert isinstance(model.config.quantization_config, TritonMLPConfig)
+        model.save_pretrained(folder / form.format)
+    for name in ("no-codes", "another-quantizer"):
+        shutil.copytree(folder / "int8", folder / name)
+    path = folder / "no-codes" / "model.safetensors"
+    tensors = load_file(path)
+    tensors.pop("transformer.h.0.mlp.c_fc.codes")
+    save_file(tensors, path, {"format": "pt"})
+    path = folder / "another-quantizer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    path.write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module")
