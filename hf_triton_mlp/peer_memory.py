@@ -3,6 +3,7 @@
 NCCL's all-reduce of a row takes twice as long, and adds in 16 bits.
 """
 
+import logging
 import socket
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 from hf_triton_mlp import tuning
 from hf_triton_mlp.kernels import sum_ranks_kernel
 from hf_triton_mlp.launchers import Launch, gpu, launch, on_device
+
+logger = logging.getLogger(__name__)
 
 #: What a program sums.
 BLOCK_BYTES = 2048
@@ -98,6 +101,9 @@ def _make(group: Any, device: torch.device) -> PeerMemory | None:
     )  # fmt: skip
     dist.all_gather_object(found, reachable, group=group)
     if not all(found):
+        logger.info(
+            "%d ranks sum by %s: %s", ranks, dist.get_backend(group), "their GPUs are apart"
+        )
         return None
     memory = error = None
     try:
@@ -113,7 +119,11 @@ def _make(group: Any, device: torch.device) -> PeerMemory | None:
             memory = PeerMemory(rank, addresses, blocks, device)
         memory.kept = buffer, handle
         torch.cuda.synchronize(device)
-    except (ImportError, AttributeError, RuntimeError) as found_error:
+    except Exception as found_error:  # or the others would wait for this rank
         error = found_error
-    dist.all_gather_object(found, error is None, group=group)
-    return memory if all(found) else None
+    dist.all_gather_object(found, error and str(error), group=group)
+    failed = next((each for each in found if each is not None), None)
+    if failed is not None:
+        logger.info("%d ranks sum by %s: %s", ranks, dist.get_backend(group), failed)
+        return None
+    return memory
