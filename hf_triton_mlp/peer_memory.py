@@ -38,7 +38,7 @@ _memories: WeakKeyDictionary[Any, "PeerMemory | None"] = WeakKeyDictionary()
 class PeerMemory:
     """Memory of each rank's GPU that the others write to, and what sums through it.
 
-    All ranks make it, and call it, in the same order.
+    All ranks make it, and call it, in the same order, and one sum ends before the next begins.
     """
 
     def __init__(self, rank: int, addresses: list[int], blocks: int, device: torch.device) -> None:
@@ -49,6 +49,8 @@ class PeerMemory:
         self.epochs = torch.zeros(blocks, dtype=torch.int32, device=device)
         #: What keeps the memory.
         self.kept: Any = None
+        #: Where it summed last, but in graphs.
+        self.stream: torch.cuda.Stream | None = None
 
     @staticmethod
     def size(ranks: int, blocks: int) -> int:
@@ -61,8 +63,16 @@ class PeerMemory:
         return tensor.dtype in SUMMED and tensor.is_contiguous() and tensor.nbytes <= most
 
     def sum(self, tensor: Tensor) -> None:
-        """The sum of all ranks' tensors, in place, the same bits on all: added in float32."""
+        """The sum of all ranks' tensors, in place, the same bits on all: added in float32.
+
+        One after the other, also on several streams; whoever replays graphs meanwhile sees to that.
+        """
         with on_device(tensor):
+            if not torch.cuda.is_current_stream_capturing():
+                stream = torch.cuda.current_stream()
+                if self.stream is not None and self.stream != stream:
+                    stream.wait_stream(self.stream)
+                self.stream = stream
             launch(self.launch(tensor))
 
     def launch(self, tensor: Tensor) -> Launch:
