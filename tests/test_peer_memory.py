@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_triton_mlp import peer_memory
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.launchers import launch
 from hf_triton_mlp.peer_memory import BLOCK_BYTES, PeerMemory
@@ -73,3 +74,19 @@ def test_what_is_summed_otherwise() -> None:
     assert not memory.takes(torch.empty(BLOCKS * BLOCK_BYTES // 4 + 1))
     assert not memory.takes(torch.empty(8, dtype=torch.float64))
     assert not memory.takes(torch.empty(4, 8).t())
+
+
+def test_streams_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, tensor, done = Ranks(2).memories[0], torch.ones(8, device=DEVICE), []
+
+    class Stream(str):
+        def wait_stream(self, other: str) -> None:
+            done.append(f"{self} after {other}")
+
+    monkeypatch.setattr(peer_memory, "launch", lambda call: done.append("sum"))
+    for stream, captured in (("a", 0), ("a", 0), ("b", 0), ("c", 1), ("b", 0), ("a", 0)):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda of=stream: Stream(of))
+        capturing = lambda captured=captured: bool(captured)  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", capturing)
+        memory.sum(tensor)
+    assert done == ["sum", "sum", "b after a", "sum", "sum", "sum", "a after b", "sum"]
