@@ -12,10 +12,7 @@ logger = logging.getLogger(__name__)
 TOKENS = 64
 
 
-def hidden_densities(
-    model: nn.Module,
-    downs: Mapping[str, nn.Module],
-) -> dict[str, float]:
+def hidden_densities(model: nn.Module, downs: Mapping[str, nn.Module]) -> dict[str, float]:
     """What part of the inputs of these down projections is not 0, for one random token at a time.
 
     Empty where the model does not compute any: in training, which has a random state that is not
@@ -55,10 +52,7 @@ def _input_device(model: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def densities(
-    model: nn.Module,
-    downs: Mapping[str, nn.Module],
-    ids: Tensor,
-    batches: tuple[int, ...] = (1,),
+    model: nn.Module, downs: Mapping[str, nn.Module], ids: Tensor, batches: tuple[int, ...] = (1,)
 ) -> dict[str, dict[int, float]]:
     """For each of the modules, and of the numbers of texts, what part of its input is not 0.
 

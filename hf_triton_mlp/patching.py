@@ -173,7 +173,8 @@ def patch_model(
     arguments, and so they do with whatever runs the model, and with unpatch_model, state_dict and
     save_pretrained, which gather the weights. Ranks whose models or arguments differ are refused,
     an error on one is an error on all, and a rank that dies ends the others' calls with an error:
-    with gloo at once, with NCCL after the group's timeout.
+    with gloo at once, with NCCL after the group's timeout, with a kernel that sums when that has
+    looked for the others long enough.
 
     Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
     Every layer is checked before any is replaced, so that an error leaves the model as it was;
@@ -939,6 +940,7 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if mlp.density is not None and down_read is not None:
         if linear_of(1, down_read[0], False, sparse=True).sparse:  # it may have been quantized
             density = f"{100 * mlp.density:.1f} %"
+    rest = weights, density, part
     verified = "yes" if mlp.verified else "no"
     if by_structure(spec):
         verified += ", by structure"
@@ -959,14 +961,12 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     if called or read is None:
         reason = f"not plain, so called: {', '.join(called)}"
         plan = "PyTorch"
-        rest = weights, density, part
         return PatchRow(name, replaced, dtype, device, plan, verified, reason, *rest)
     weight = read[0]
     if weight.device.type != "cuda":
         plan, reason = "PyTorch", ""
         if weight.device.type == "meta":
             plan, reason = "-", "waits for weights"
-        rest = weights, density, part
         return PatchRow(name, replaced, dtype, device, plan, verified, reason, *rest)
     if spec.packed is not None:
         weight, _ = split_packed(spec.packed, weight)
@@ -975,7 +975,6 @@ def _row(name: str, layer: nn.Module, spec: MLPSpec) -> PatchRow:
     sparse = mlp.mlp_config.activation in SPARSE
     down_plan = plan_linear(1, (down_read or read)[0], dtype=rows_dtype, sparse=sparse)
     plan = f"decode: {up_plan}; {down_plan}"
-    rest = weights, density, part
     return PatchRow(name, replaced, dtype, device, plan, verified, "", *rest)
 
 

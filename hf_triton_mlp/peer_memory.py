@@ -26,7 +26,8 @@ BLOCK_BYTES = 2048
 #: algorithm does; of more it is for a few rows, whose latency counts.
 LIMIT_OF_TWO, LIMIT = 1 << 24, 1 << 19
 
-#: How often a program looks for another GPU's flag, a microsecond each, before it gives up.
+#: How often a program looks for another GPU's flag before it gives up: minutes, by an estimate of a
+#: microsecond each.
 PATIENCE = 1 << 28
 
 #: What it adds.

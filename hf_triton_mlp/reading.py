@@ -232,6 +232,7 @@ def store_by_output(module: nn.Module, names: Iterable[str]) -> list[str]:
     return stored
 
 
+@torch.inference_mode(False)
 def store_for_zeros(linear: nn.Module) -> bool:
     """Give the weight of a plain Linear, Conv1D or QuantizedLinear the strides of (in, out),
     contiguous, so that what one input is multiplied by lies together; its values and shape stay.
@@ -250,23 +251,21 @@ def store_for_zeros(linear: nn.Module) -> bool:
         return True
     if weight.untyped_storage().nbytes() != weight.nbytes or not weight.isfinite().all():
         return False
-    with torch.inference_mode(False):
-        by_input = weight.data.t().contiguous()
-        of_conv1d = projection_class(linear) is Conv1D
-        module.weight.data = by_input if of_conv1d else by_input.t()
+    by_input = weight.data.t().contiguous()
+    module.weight.data = by_input if projection_class(linear) is Conv1D else by_input.t()
     return True
 
 
-def store_as_before(linear: nn.Module) -> None:
+@torch.inference_mode(False)
+def store_as_before(linear: Any) -> None:
     """Undo `store_for_zeros`, if the weight is still there."""
     if is_quantized(linear):
-        if linear.quantized.by_input:  # pyright: ignore
-            linear.store(stored_by_output(linear.quantized))  # pyright: ignore
+        if linear.quantized.by_input:
+            linear.store(stored_by_output(linear.quantized))
         return
     weight = linear._parameters.get("weight")
     if weight is not None and not weight.is_contiguous():
-        with torch.inference_mode(False):
-            weight.data = weight.data.contiguous()
+        weight.data = weight.data.contiguous()
 
 
 def store_by_input(module: nn.Module, names: list[str]) -> None:

@@ -19,6 +19,7 @@ import torch.nn.utils.prune
 from accelerate import cpu_offload, dispatch_model, infer_auto_device_map
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
+from tiny_models import logits
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.opt.modeling_opt import OPTDecoder
@@ -32,11 +33,6 @@ Change = Callable[[Any], Any]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ORDERS = ["before", "after"]
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
-
-
-def logits(model: nn.Module, device: str = "cpu") -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny.batch(device)).logits
 
 
 def changed_and_patched(model: Any, change: Change, order: str) -> Any:

@@ -14,6 +14,7 @@ from accelerate import (
     load_checkpoint_and_dispatch,
 )
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from tiny_models import logits
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -24,11 +25,6 @@ from hf_triton_mlp.reading import only_moves_inputs, read_projection
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 ORDERS = ["before", "after"]
 CHECKPOINTS = Path(__file__).with_name("checkpoints")
-
-
-def logits(model: nn.Module, device: str = "cpu") -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny.batch(device)).logits
 
 
 def generated(model: Any, device: str = "cpu") -> torch.Tensor:
@@ -227,11 +223,11 @@ def test_layers_on_two_gpus(
     assert [row.device for row in rows] == ["cuda:0", "cuda:1", "cuda:1"]
     assert all(row.plan.startswith("decode: ") and row.reason == "" for row in rows), rows
     found, ours = tokens_and_logits(model, inputs)
-    if dtype == torch.float32:  # in float64 transformers' bloom makes NaN of padding
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-        assert torch.equal(found, tokens)
-    else:
-        tiny.assert_as_accurate(ours.cpu(), theirs.cpu(), logits(reference))
+    exact = logits(reference)
+    there = exact.isfinite()  # in float64 transformers' bloom makes NaN of padded texts
+    assert there[0].all()
+    tiny.assert_as_accurate(ours.cpu()[there], theirs.cpu()[there], exact[there])
+    assert torch.equal(found, tokens) or dtype != torch.float32
     mlps = [module for module in model.modules() if isinstance(module, TritonMLP)]
     assert [mlp._bound is not None for mlp in mlps] == 3 * [True], "launches on both GPUs"
     assert [mlp._bound.launches.device_index for mlp in mlps if mlp._bound] == [0, 1, 1]

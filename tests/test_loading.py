@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from rank_processes import RANKS, Case, run
 from safetensors.torch import load_file, save_file
+from tiny_models import logits
 from transformers import AutoModelForCausalLM
 
 from hf_triton_mlp import (
@@ -44,11 +45,6 @@ BUILT: dict[str, dict[str, Any]] = {
 
 def group() -> Any:
     return dist.group.WORLD
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny.batch()).logits
 
 
 class Counted:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-from tiny_models import tree
+from tiny_models import logits, tree
 from torch import nn
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomMLP
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
@@ -34,11 +34,6 @@ CLASSES: dict[str, tuple[type[nn.Module], ...]] = {
     "opt": (OPTDecoderLayer,),
     "llama": (LlamaDecoderLayer, LlamaMLP),
 }
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny.batch()).logits
 
 
 def patched_layers(model: nn.Module) -> list[int]:

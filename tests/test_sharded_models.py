@@ -8,6 +8,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from rank_processes import RANKS, Case, run
+from tiny_models import logits
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -38,11 +39,6 @@ def build(family: str) -> Any:
     return tiny.build(
         family, **{"ffn_dim" if family == "opt" else "intermediate_size": 52}, vocab_size=98
     )
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**tiny.batch()).logits
 
 
 def loaded(family: str, folder: Path, plan: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_models as tiny
 import torch
-from tiny_models import tree
+from tiny_models import logits, tree
 from torch import Tensor, nn
 from transformers import (
     CLIPModel,
@@ -527,11 +527,6 @@ def qwen2_moe(**changes: Any) -> Any:
         **{**SMALL, "hidden_size": tiny.HIDDEN, "num_hidden_layers": 3, **changes},
     )
     return tiny.randomized(Qwen2MoeForCausalLM(config)).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(**tiny.batch()).logits
 
 
 @pytest.mark.parametrize("depth", ["layer", "mlp"])

@@ -342,6 +342,12 @@ def reference_of(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return reference.to(torch.float64 if dtype == torch.float32 else torch.float32)
 
 
+def logits(model: Any, device: str = "cpu") -> Tensor:
+    """Of two texts, one of them padded."""
+    with torch.no_grad():
+        return model(**batch(device)).logits
+
+
 def assert_as_accurate(patched: Tensor, original: Tensor, reference: Tensor) -> None:
     """RMS and maximum error at most twice the unpatched model's own, plus a floor of 8 eps.
 
