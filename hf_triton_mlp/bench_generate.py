@@ -36,6 +36,7 @@ from hf_triton_mlp.measure import ceilings
 from hf_triton_mlp.mlp import TritonMLP
 from hf_triton_mlp.patching import patch_model
 from hf_triton_mlp.peers import OURS
+from hf_triton_mlp.ranks import Ranks, ranks_of
 
 #: Published configurations; their weights here are random, which speed does not depend on.
 MODELS: dict[str, dict[str, Any]] = {
@@ -169,6 +170,7 @@ def bench_generate(
             for name, way in ways.items()
         }
         ways[ALONE] = WAYS[OURS]
+    ranks = ranks_of(mp_group)
     model: Any = None
     held = None
 
@@ -183,13 +185,18 @@ def bench_generate(
             model = load(name, dtype)
             held = name, dtype
         read = run["ceilings"][dtype]["read_tb_s"] if on_gpu else None
-        return _cell(model, place, ways, rounds, read)
+        return _cell(model, place, ways, rounds, read, ranks)
+
+    def clock() -> float:
+        """The first rank's: all skip the same cells."""
+        now = time.monotonic()
+        return now if ranks is None else ranks.exchange(now, "looking at the clock")[0]
 
     orders = {"model": tuple(MODELS)}
     with torch.no_grad():
         return fill(
             record, run, places, measure, orders=orders, seconds=seconds, kept=kept,
-            progress=progress, save=save,
+            progress=progress, save=save, clock=clock,
         )  # fmt: skip
 
 
@@ -353,7 +360,12 @@ class Judge:
 
 
 def _cell(
-    model: Any, place: dict[str, Any], ways: dict[str, Way], rounds: int, read_tb_s: float | None
+    model: Any,
+    place: dict[str, Any],
+    ways: dict[str, Way],
+    rounds: int,
+    read_tb_s: float | None,
+    ranks: Ranks | None,
 ) -> dict[str, Any]:
     new, sampled = place["new_tokens"], place["sampled"]
     prompt = _prompt(model, place)
@@ -368,15 +380,19 @@ def _cell(
 
     @contextmanager
     def part_of(name: str) -> Iterator[dict[str, Any]]:
-        """A contender that fails takes no further part."""
+        """A contender that fails, on any rank, takes no further part; ranks end it together."""
+        failed = None
         try:
             yield found[name]
-            return
         except Exception as error:
-            found[name]["failed"] = f"{type(error).__name__}: {error}"[:200]
-        contenders.pop(name, None)
-        times.pop(name, None)
-        _free()  # here, where no traceback keeps tensors alive
+            failed = f"{type(error).__name__}: {error}"[:200]
+        each = [failed] if ranks is None else ranks.exchange(failed, f"measuring {name}")
+        failed = next((one for one in each if one is not None), None)
+        if failed is not None:
+            found[name]["failed"] = failed
+            contenders.pop(name, None)
+            times.pop(name, None)
+            _free()  # here, where no traceback keeps tensors alive
 
     alone = _allocated(model)
     for name, way in ways.items():
@@ -420,6 +436,12 @@ def _cell(
     for name in list(contenders):
         with part_of(name) as result:
             result.update(_details(contenders[name], prompt, new))
+    if ranks is not None:
+        # Where texts part, all ranks ask the same.
+        each = ranks.exchange(texts, "comparing texts")
+        texts = each[0]
+        for name in contenders:
+            found[name]["same_on_all_ranks"] = all(one[name] == texts[name] for one in each)
     patched = next((contenders[n].model for n in (OURS_EAGER, OURS) if n in contenders), None)
     torch._dynamo.reset()
     judge = Judge(model, patched)

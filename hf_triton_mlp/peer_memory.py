@@ -26,9 +26,8 @@ BLOCK_BYTES = 2048
 #: algorithm does; of more it is for a few rows, whose latency counts.
 LIMIT_OF_TWO, LIMIT = 1 << 24, 1 << 19
 
-#: How often a program looks for another GPU's flag before it gives up: minutes, by an estimate of a
-#: microsecond each.
-PATIENCE = 1 << 28
+#: Nanoseconds that a program waits for another GPU by default.
+PATIENCE = 600 * 10**9
 
 #: What it adds.
 SUMMED = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,11 +41,24 @@ class PeerMemory:
     All ranks make it, and call it, in the same order, and one sum ends before the next begins.
     """
 
-    def __init__(self, rank: int, addresses: list[int], blocks: int, device: torch.device) -> None:
-        """addresses: of `size` bytes of each rank, 0 to begin with, this device can write to."""
-        self.rank, self.blocks = rank, blocks
+    def __init__(
+        self,
+        rank: int,
+        addresses: list[int],
+        blocks: int,
+        device: torch.device,
+        patience: int = PATIENCE,
+    ) -> None:
+        """addresses: of `size` bytes of each rank, 0 to begin with, this device can write to.
+
+        patience: nanoseconds that a GPU waits for another before it ends its process's use of CUDA.
+        """
+        self.rank, self.blocks, self.patience = rank, blocks, patience
         self.ranks = len(addresses)
-        self.bases = torch.tensor(addresses, dtype=torch.int64, device=device)
+        #: Whether a program gave up, which the host can read when CUDA says no more than an error.
+        self.gave_up = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        places = [*addresses, self.gave_up.data_ptr()]
+        self.bases = torch.tensor(places, dtype=torch.int64, device=device)
         self.epochs = torch.zeros(blocks, dtype=torch.int32, device=device)
         #: What keeps the memory.
         self.kept: Any = None
@@ -80,7 +92,7 @@ class PeerMemory:
         """The launch that computes `sum`."""
         block, size = BLOCK_BYTES // tensor.itemsize, tensor.numel()
         pdl = tensor.is_cuda and gpu(tensor.device.index)[1] >= tuning.PDL_CAPABILITY
-        constants = self.rank, self.ranks, block, self.blocks, PATIENCE, pdl
+        constants = self.rank, self.ranks, block, self.blocks, self.patience, pdl
         tensors = tensor, self.bases, self.epochs
         grid = (-(-size // block), 1, 1)
         return Launch(sum_ranks_kernel, grid, tensors, (size,), constants, 4, 1, pdl)
@@ -127,7 +139,7 @@ def _make(group: Any, device: torch.device) -> PeerMemory | None:
             buffer.zero_()
             offset = buffer.data_ptr() - handle.buffer_ptrs[rank]
             addresses = [each + offset for each in handle.buffer_ptrs]
-            memory = PeerMemory(rank, addresses, blocks, device)
+            memory = PeerMemory(rank, addresses, blocks, device, _patience(group, device))
         memory.kept = buffer, handle
         torch.cuda.synchronize(device)
     except Exception as found_error:  # or the others would wait for this rank
@@ -138,3 +150,18 @@ def _make(group: Any, device: torch.device) -> PeerMemory | None:
         logger.info("%d ranks sum by %s: %s", ranks, dist.get_backend(group), failed)
         return None
     return memory
+
+
+def _patience(group: Any, device: torch.device) -> int:
+    """A group's timeout in nanoseconds."""
+    options = getattr(group._get_backend(device), "options", None)
+    timeout = getattr(options, "_timeout", None)
+    return PATIENCE if timeout is None else int(timeout.total_seconds() * 1e9)
+
+
+def gave_up(group: Any) -> str:
+    """What is known of a sum that this GPU gave up; "" where it has not."""
+    memory = _memories.get(group)
+    if memory is None or not memory.gave_up.item():
+        return ""
+    return f"this GPU waited for another's part of a sum for {memory.patience / 1e9:g} s"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_triton_mlp.peer_memory import peer_memory
+from hf_triton_mlp.peer_memory import gave_up, peer_memory
 
 #: Not in all builds of PyTorch.
 functional: Any = (
@@ -149,7 +149,9 @@ class Ranks:
                 raise RankError(f"rank {rank} of {self.size} failed while {doing}: {error}")
 
     def _lost(self, doing: str, error: Exception) -> RankError:
-        return RankError(f"{self} lost the others while {doing}: {error}")
+        return RankError(
+            f"{self} lost the others while {doing}: {gave_up(self.group) or error}"
+        )
 
 
 def ranks_of(group: Any) -> Ranks | None:

@@ -2,21 +2,34 @@
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globaltimer
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
 
 
+#: How often a flag is looked at between two looks at the clock, which take longer.
+LOOKS = tl.constexpr(1024)
+
+
 @triton.jit
-def wait_for(flag_ptr, epoch, PATIENCE: tl.constexpr):
-    """Until another GPU has raised a flag to this epoch; a trap after so many looks at it."""
+def wait_for(flag_ptr, epoch, gave_up_ptr, PATIENCE: tl.constexpr):
+    """Until another GPU has raised a flag to this epoch; after PATIENCE ns a note, and a trap."""
     looks = 0
-    while (tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") < epoch) & (looks < PATIENCE):
+    begun = tl.full((), 0, tl.int64)
+    waited = tl.full((), 0, tl.int64)
+    while (tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") < epoch) & (waited < PATIENCE):
         looks += 1
-    if not INTERPRETED and looks >= PATIENCE:
-        tl.inline_asm_elementwise(
-            "trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
+        if not INTERPRETED:
+            if looks % LOOKS == 0:
+                now = globaltimer()
+                begun = tl.where(begun == 0, now, begun)
+                waited = now - begun
+    if not INTERPRETED:
+        if waited >= PATIENCE:
+            tl.atomic_xchg(gave_up_ptr, 1, sem="release", scope="sys")
+            tl.inline_asm_elementwise(
+                "membar.sys; trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit
@@ -35,8 +48,9 @@ def sum_ranks_kernel(
     """x (N,) in place: the sum of all ranks' x, added in float32 in the order of ranks.
 
     bases: int64, where each rank's GPU has memory that all may write to: of 2 turns, of each rank
-    that writes, BLOCKS blocks; then int32 flags, of each rank BLOCKS. epochs: int32, how often this
-    rank has summed each block. Program (block).
+    that writes, BLOCKS blocks; then int32 flags, of each rank BLOCKS; and behind these addresses
+    where the host reads that this GPU has given up (int32). epochs: int32, how often this rank has
+    summed each block. Program (block).
 
     A program writes its block to all others, raises its flag there, and adds what they have written
     once theirs are raised here. Turns alternate: who writes a block for the next time but one has
@@ -66,12 +80,13 @@ def sum_ranks_kernel(
             tl.atomic_xchg(flags + RANK * BLOCKS + pid, epoch, sem="release", scope="sys")
     base = tl.load(bases_ptr + RANK)
     flags = (base + FLAGS).to(tl.pointer_type(tl.int32))
+    gave_up_ptr = tl.load(bases_ptr + RANKS).to(tl.pointer_type(tl.int32))
     total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
         if rank == RANK:
             total += x.to(tl.float32)
         else:
-            wait_for(flags + rank * BLOCKS + pid, epoch, PATIENCE)
+            wait_for(flags + rank * BLOCKS + pid, epoch, gave_up_ptr, PATIENCE)
             here = tl.multiple_of(base.to(tl.pointer_type(DTYPE)), 16)
             here += turn + rank * BLOCKS * BLOCK
             total += tl.load(here + offs, mask=mask, other=0.0, volatile=True).to(tl.float32)
