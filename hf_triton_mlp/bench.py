@@ -113,8 +113,8 @@ def fill(
     """Add the cells of these places that `kept` lacks to its own, in a record of one setting.
 
     record: the setting, by which both must agree, or ValueError. run: what the new cells have in
-    common. orders: of values in a place, where it is not their own. clock: says seconds. The rest is
-    as for `bench_mlp`.
+    common. orders: of values in a place, where it is not their own. clock: seconds. The rest is as
+    for `bench_mlp`.
     """
     started = clock()
     record = {**record, "runs": [], "skipped": [], "cells": []}

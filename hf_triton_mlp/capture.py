@@ -23,6 +23,7 @@ from transformers.utils import logging
 from hf_triton_mlp import attention
 from hf_triton_mlp.choosing import CHOICES, Choice, Choosing
 from hf_triton_mlp.fingerprint import fingerprint
+from hf_triton_mlp.ranks import RankError, together
 from hf_triton_mlp.step_ops import DTYPES, StepOperations, choose_greedily
 
 logger = logging.get_logger(__name__)
@@ -397,12 +398,19 @@ class Captures:
         return self._fingerprint == fingerprint(model)
 
     def step(self, model: Any, shape: StepShape, layers: int) -> Step:
-        """The step of this shape, captured now if it was not yet."""
+        """The step of this shape, captured now if it was not yet; by all ranks, or by none."""
+        ranks = getattr(model, "ranks_of_model", None)
         if not self.fit(model):
             self._steps.clear()
         step = self._steps.get(shape)
+        if ranks is not None and not ranks.all(step is not None):
+            step = None
         if step is None:
-            step = self._capture_with_room(model, shape, layers)
+            try:
+                with together(ranks, "capturing a step"):
+                    step = self._capture_with_room(model, shape, layers)
+            except RankError as error:
+                raise CannotCapture(str(error)) from error
             found = fingerprint(model)  # a first call may have set numbers
             if found != self._fingerprint:
                 self._steps.clear()

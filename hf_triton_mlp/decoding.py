@@ -36,7 +36,7 @@ from hf_triton_mlp.capture import (
 )
 from hf_triton_mlp.choosing import Choice, Choosing, ProcessorsByLength, draw
 from hf_triton_mlp.fingerprint import modules_of
-from hf_triton_mlp.mlp import StandIn, change_class, stand_in
+from hf_triton_mlp.mlp import StandIn, set_kind
 from hf_triton_mlp.reading import has_own_forward, store_by_input, store_by_output
 from hf_triton_mlp.step_ops import StepOperations
 
@@ -103,12 +103,7 @@ STATELESS = (
 class GraphDecoding(StandIn):
     """What `cuda_graphs=True` adds to a model's class: this loop, for greedy and sampling."""
 
-    keeps_name = True
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.original_class is not None:  # transformers reads the source of a model's module
-            cls.__module__ = cls.original_class.__module__
+    keeps_name = keeps_module = True
 
     def _sample(self, input_ids: Tensor, **arguments: Any) -> Any:
         theirs: Any = super()
@@ -156,8 +151,7 @@ def generating(model: nn.Module) -> nn.Module:
 def enable(model: nn.Module) -> None:
     """Let generate() of a model decode with CUDA graphs."""
     module = generating(model)
-    if not isinstance(module, GraphDecoding):
-        change_class(module, stand_in(GraphDecoding, type(module)))
+    set_kind(module, GraphDecoding, True)
     names = [name for name, _ in module.named_modules()]
     module.__dict__.setdefault("stored_by_output", []).extend(store_by_output(module, names))
 
@@ -177,9 +171,8 @@ def disable(model: nn.Module) -> None:
     """Undo `enable`, and free what was captured."""
     for module in model.modules():
         if isinstance(module, GraphDecoding):
-            assert module.original_class is not None
             store_by_input(module, module.__dict__.pop("stored_by_output"))
-            change_class(module, module.original_class)
+            set_kind(module, GraphDecoding, False)
         forget(module)  # graph_decode captures without `enable`
 
 

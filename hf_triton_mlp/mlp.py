@@ -6,7 +6,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -111,6 +111,13 @@ class StandIn(nn.Module):
     original_class: type[nn.Module] | None = None
     #: Whether the subclass has the original's name, by which others know layers and models.
     keeps_name = False
+    #: Whether it has the original's module too, whose source transformers reads for a model's.
+    keeps_module = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.keeps_module and cls.original_class is not None:
+            cls.__module__ = cls.original_class.__module__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles make the class again: no module holds it under a name."""
@@ -877,6 +884,18 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     if "_old_forward" in module.__dict__:
         module.__dict__["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def set_kind(module: nn.Module, kind: type[StandIn], wanted: bool) -> None:
+    """Let a module's class have what a kind of stand-in adds, or not; other kinds stay."""
+    kinds: list[type[Any]] = []
+    original: Any = type(module)
+    while issubclass(original, StandIn) and original.original_class is not None:
+        kinds.append(original.__bases__[0])
+        original = original.original_class
+    if wanted != (kind in kinds):
+        kinds = [kind, *kinds] if wanted else [each for each in kinds if each is not kind]
+        change_class(module, reduce(lambda cls, each: stand_in(each, cls), kinds[::-1], original))
 
 
 def check_projections(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from hf_triton_mlp import decoding, parallel, proof, structure
+from hf_triton_mlp import decoding, parallel, proof, shared_model, structure
 from hf_triton_mlp.density import hidden_densities
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS, SPARSE
@@ -264,6 +264,7 @@ def patch_model(
             mlp.verified = False
     if config is not None:
         record(model)
+    shared_model.update(model)
     if cuda_graphs:
         decoding.enable(model)
     return model
@@ -305,6 +306,7 @@ def unpatch_model(model: Model) -> Model:
         _uninstall(layer, spec)
     record(model)
     decoding.disable(model)
+    shared_model.update(model)
     return model
 
 
@@ -353,6 +355,7 @@ def patched(
                 added = mlp.originals.keys() - before[layer].keys()
                 _restore(spec.owner(layer), {path: mlp.originals.pop(path) for path in added})
         record(model)
+        shared_model.update(model)
 
 
 def patch_report(model: nn.Module) -> PatchReport:

@@ -20,10 +20,11 @@ from hf_triton_mlp.launchers import Launch, gpu, launch, on_device
 logger = logging.getLogger(__name__)
 
 #: What a program sums.
-BLOCK_BYTES = 2048
+BLOCK_BYTES = 4096
 
-#: The largest tensor. Each GPU writes all of it to each other one, which of two is what any
-#: algorithm does; of more it is for a few rows, whose latency counts.
+#: What one launch sums of two GPUs' tensors, and the largest tensor of more. Each GPU writes all of
+#: it to each other one, which of two is what any algorithm does; of more it is for a few rows,
+#: whose latency counts.
 LIMIT_OF_TWO, LIMIT = 1 << 24, 1 << 19
 
 #: Nanoseconds that a program waits for another GPU by default.
@@ -72,12 +73,13 @@ class PeerMemory:
 
     def takes(self, tensor: Tensor) -> bool:
         """Whether it sums a tensor of this size, dtype and layout."""
-        most = self.blocks * BLOCK_BYTES
-        return tensor.dtype in SUMMED and tensor.is_contiguous() and tensor.nbytes <= most
+        fits = self.ranks == 2 or tensor.nbytes <= self.blocks * BLOCK_BYTES
+        return tensor.dtype in SUMMED and tensor.is_contiguous() and fits
 
-    def sum(self, tensor: Tensor) -> None:
+    def sum(self, tensor: Tensor, first: bool = False) -> None:
         """The sum of all ranks' tensors, in place, the same bits on all: added in float32.
 
+        first: the first rank's tensor instead.
         One after the other, also on several streams; whoever replays graphs meanwhile sees to that.
         """
         with on_device(tensor):
@@ -86,13 +88,16 @@ class PeerMemory:
                 if self.stream is not None and self.stream != stream:
                     stream.wait_stream(self.stream)
                 self.stream = stream
-            launch(self.launch(tensor))
+            most = self.blocks * BLOCK_BYTES
+            fits = tensor.nbytes <= most
+            for part in (tensor,) if fits else tensor.view(-1).split(most // tensor.itemsize):
+                launch(self.launch(part, first))
 
-    def launch(self, tensor: Tensor) -> Launch:
+    def launch(self, tensor: Tensor, first: bool = False) -> Launch:
         """The launch that computes `sum`."""
         block, size = BLOCK_BYTES // tensor.itemsize, tensor.numel()
         pdl = tensor.is_cuda and gpu(tensor.device.index)[1] >= tuning.PDL_CAPABILITY
-        constants = self.rank, self.ranks, block, self.blocks, self.patience, pdl
+        constants = self.rank, self.ranks, block, self.blocks, first, self.patience, pdl
         tensors = tensor, self.bases, self.epochs
         grid = (-(-size // block), 1, 1)
         return Launch(sum_ranks_kernel, grid, tensors, (size,), constants, 4, 1, pdl)

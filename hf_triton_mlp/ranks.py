@@ -1,5 +1,6 @@
 """The processes that share the weights of MLPs, and what they do together."""
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
@@ -78,14 +79,26 @@ class Ranks:
         if torch.compiler.is_compiling():
             return functional.all_reduce(tensor, "sum", self.group)
         if tensor.numel() and not tensor.is_meta:
-            try:
+            with self._losing("adding up what they computed of an MLP"):
                 memory = peer_memory(self.group, tensor)
                 if memory is not None and memory.takes(tensor):
                     memory.sum(tensor)
                 else:
                     dist.all_reduce(tensor, group=self.group)
-            except RuntimeError as error:
-                raise self._lost("adding up what they computed of an MLP", error) from error
+        return tensor
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor, in place if it is contiguous; a new one under torch.compile."""
+        if torch.compiler.is_compiling():
+            return self.sum(tensor if self.is_first else torch.zeros_like(tensor))
+        tensor = tensor.contiguous()
+        if tensor.numel() and not tensor.is_meta:
+            with self._losing("taking what the first computed"):
+                memory = peer_memory(self.group, tensor)
+                if memory is not None and memory.takes(tensor):
+                    memory.sum(tensor, first=True)
+                else:
+                    dist.broadcast(tensor, dist.get_global_rank(self.group, 0), group=self.group)
         return tensor
 
     def summed(self, part: Tensor) -> Tensor:
@@ -102,20 +115,30 @@ class Ranks:
             return [torch.empty_like(part) for _ in range(self.size)]
         flat = part.detach().contiguous().view(-1).view(torch.uint8)
         found = flat.new_empty((self.size, flat.numel()))
-        try:
+        with self._losing("gathering what each has"):
             dist.all_gather(list(found.unbind()), flat, group=self.group)
-        except RuntimeError as error:
-            raise self._lost("gathering their parts of a weight", error) from error
         return [each.view(part.dtype).view(part.shape) for each in found]
 
     def exchange(self, value: Any, doing: str) -> list[Any]:
         """What each rank has, objects that can be pickled."""
         found: list[Any] = [None] * self.size
-        try:
+        with self._losing(doing):
             dist.all_gather_object(found, value, group=self.group)
-        except RuntimeError as error:
-            raise self._lost(doing, error) from error
         return found
+
+    def same(self, text: str) -> bool:
+        """Whether all ranks have this text; cheaper than `exchange`."""
+        first, *others = self._gather_bytes(hashlib.sha256(text.encode()).digest())
+        return all(other == first for other in others)
+
+    def all(self, value: bool) -> bool:
+        """Whether it is true on all ranks; cheaper than `exchange`."""
+        return all(each == b"\1" for each in self._gather_bytes(bytes([value])))
+
+    def _gather_bytes(self, value: bytes) -> list[bytes]:
+        device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
+        own = torch.tensor(list(value), dtype=torch.uint8, device=device)
+        return [bytes(each.tolist()) for each in self.gather(own)]
 
     def agree(self, found: Mapping[str, Any], doing: str) -> None:
         """Raise ValueError, on all ranks, where one has something else than the first."""
@@ -148,10 +171,14 @@ class Ranks:
             if error is not None:
                 raise RankError(f"rank {rank} of {self.size} failed while {doing}: {error}")
 
-    def _lost(self, doing: str, error: Exception) -> RankError:
-        return RankError(
-            f"{self} lost the others while {doing}: {gave_up(self.group) or error}"
-        )
+    @contextmanager
+    def _losing(self, doing: str) -> Iterator[None]:
+        """A RankError for what torch.distributed and CUDA raise."""
+        try:
+            yield
+        except RuntimeError as error:
+            why = gave_up(self.group) or error
+            raise RankError(f"{self} lost the others while {doing}: {why}") from error
 
 
 def ranks_of(group: Any) -> Ranks | None:

@@ -460,6 +460,74 @@ def captured_steps() -> None:
     assert not said, said
 
 
+def alike() -> None:
+    """generate() is called with the same on all ranks, which choose the first one's tokens."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    decoding.ON_CPU = True
+    model, batch = build("opt"), tiny.batch(DEVICE)
+    before, cls = tiny.tree(model), type(model)
+
+    def generated(count: int = 9, **arguments: Any) -> Tensor:
+        sampled = {"max_new_tokens": count, "do_sample": True, "top_k": 20}
+        return model.generate(**{**batch, **sampled, **arguments})
+
+    torch.manual_seed(3)
+    expected = generated(), generated()
+    for graphs in (False, True):
+        patch_model(model, mp_group=group(), cuda_graphs=graphs)
+        assert type(model).__name__ == cls.__name__ and type(model).__module__ == cls.__module__
+        torch.manual_seed(3)
+        assert all(map(torch.equal, (generated(), generated()), expected))
+        other = {"input_ids": batch["input_ids"].clone()}
+        other["input_ids"][0, -1] += rank
+        for arguments, said in (
+            (other, "input_ids; there (2,"),
+            ({"count": 9 + rank}, f"max_new_tokens; there {9 + 1}, on rank 0 9"),
+            ({"repetition_penalty": 1.0 + rank}, "repetition_penalty"),
+        ):
+            found = raised(partial(generated, **arguments), ValueError)
+            assert "rank 1 differs" in found and said in found, found
+        torch.manual_seed(rank)
+        assert "manual_seed" in raised(generated, ValueError)
+        generated(do_sample=False, top_k=None)  # draws nothing
+        model.generate(
+            **batch, max_new_tokens=3, streamer=Reader() if rank == 0 else None, do_sample=False
+        )
+        # Another one's last product is off, as it may be by rounding on another GPU.
+        own = model.lm_head.weight
+        model.lm_head.weight = nn.Parameter(torch.randn_like(own) if rank > 0 else own.detach())
+        for options in ({"do_sample": False, "top_k": None}, {}, {"repetition_penalty": 1.2}):
+            torch.manual_seed(5)
+            found = generated(**options)
+            every: list[Any] = [None] * size
+            dist.all_gather_object(every, found.tolist())
+            assert all(each == every[0] for each in every)
+        model.lm_head.weight = own
+        torch.manual_seed(3)
+        assert all(map(torch.equal, (generated(), generated()), expected))
+        unpatch_model(model)
+        assert type(model) is cls and tiny.tree(model) == before
+        assert "ranks_of_model" not in vars(model)
+        torch.manual_seed(3)
+        assert all(map(torch.equal, (generated(), generated()), expected))
+        # Either may come first, and go first.
+        patch_model(model, include=[0], cuda_graphs=True)
+        with patched(model, include=[2], mp_group=group()):
+            assert torch.equal(tokens(model), tokens(model))
+        unpatch_model(model)
+        assert type(model) is cls and tiny.tree(model) == before
+
+
+class Reader:
+    """A streamer."""
+
+    def put(self, value: Any) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
 def compiled() -> None:
     """In one graph, with the sum of all ranks in it."""
     model = build("llama")
@@ -579,7 +647,7 @@ def stuck() -> None:
     if dist.get_rank() < dist.get_world_size() - 1:
         begun = time.monotonic()
         message = raised(lambda: tokens(model), RuntimeError)
-        assert "lost the others while adding up" in message, message
+        assert "lost the others while gathering" in message, message
         assert time.monotonic() - begun < 20
     dist.barrier()
 
@@ -590,8 +658,10 @@ def killed() -> None:
     dist.barrier()
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(3)
-    message = raised(lambda: tokens(model, 40), RuntimeError)
+    message = raised(lambda: logits(model), RuntimeError)
     assert "lost the others while adding up" in message, message
+    message = raised(lambda: tokens(model, 40), RuntimeError)
+    assert "lost the others while gathering" in message, message
     message = raised(model.state_dict, RuntimeError)
     assert "lost the others while gathering" in message, message
     message = raised(lambda: patch_model(build("gpt2"), mp_group=group()), RuntimeError)
@@ -704,8 +774,8 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
                 case.__name__: case
                 for case in (
                     checkpoints, gradients, own_weights, merged_checkpoints, copies, twice,
-                    adapters, meta, captured_steps, compiled, validated, refused, interrupted,
-                    stuck, killed,
+                    adapters, meta, captured_steps, alike, compiled, validated, refused,
+                    interrupted, stuck, killed,
                 )
             },
         },
@@ -728,7 +798,8 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
             **{
                 case.__name__: case
                 for case in (
-                    checkpoints, own_weights, merged_checkpoints, meta, refused, interrupted, killed
+                    checkpoints, own_weights, merged_checkpoints, meta, alike, refused, interrupted,
+                    killed,
                 )
             },
         },
@@ -749,7 +820,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
             **{
                 case.__name__: case
                 for case in (
-                    captured_steps, own_weights, merged_checkpoints, checkpoints, gradients,
+                    captured_steps, alike, own_weights, merged_checkpoints, checkpoints, gradients,
                     copies, twice, compiled, validated, refused, interrupted, zeros,
                 )
             },

@@ -71,20 +71,25 @@ def measured(folder: Path) -> None:
 
 
 def generated(folder: Path) -> None:
-    """Ours shared and unshared, in one run, with the same tokens."""
+    """Ours shared and unshared, in one run, with the same tokens; one way fails on one rank."""
     (place,) = bench_generate.cells(["tiny"], ["float32"], [2], [5], [9])
-    record = bench_generate.bench_generate(
-        [place],
-        lambda name, dtype: tiny.build("opt", ffn_dim=52),
-        device=torch.device("cpu"),
-        rounds=2,
-        mp_group=dist.group.WORLD,
-    )
+    options = {"nothing": 1} if dist.get_rank() == 1 else {}
+    broken = bench_generate.Way(options=options)
+    with mock.patch.dict(bench_generate.WAYS, {"broken": broken}):
+        record = bench_generate.bench_generate(
+            [place],
+            lambda name, dtype: tiny.build("opt", ffn_dim=52),
+            device=torch.device("cpu"),
+            rounds=2,
+            mp_group=dist.group.WORLD,
+        )
     (cell,) = record["cells"]
     contenders = cell["contenders"]
-    assert not [name for name in contenders if "failed" in contenders[name]]
+    failed = [name for name in contenders if "failed" in contenders[name]]
+    assert failed == ["broken"] and "nothing" in contenders["broken"]["failed"]
     for name in (OURS, ALONE):
         assert contenders[name]["equal_tokens"] == [9, 9]
+        assert contenders[name]["same_on_all_ranks"] is True
     assert contenders[OURS]["speedup_over_unshared"]["median"] > 0
     assert "speedup_over_unshared" not in contenders[ALONE]
     assert cell["best_other"] not in (OURS, ALONE) and record["ranks"] == str(RANKS)

@@ -6,7 +6,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait, globalti
 
 from hf_triton_mlp.kernels.activations import INTERPRETED
 
-
 #: How often a flag is looked at between two looks at the clock, which take longer.
 LOOKS = tl.constexpr(1024)
 
@@ -42,10 +41,13 @@ def sum_ranks_kernel(
     RANKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
+    FIRST: tl.constexpr,
     PATIENCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """x (N,) in place: the sum of all ranks' x, added in float32 in the order of ranks.
+
+    FIRST: the first rank's x instead.
 
     bases: int64, where each rank's GPU has memory that all may write to: of 2 turns, of each rank
     that writes, BLOCKS blocks; then int32 flags, of each rank BLOCKS; and behind these addresses
@@ -69,7 +71,7 @@ def sum_ranks_kernel(
     turn = (epoch & 1) * TURN
     x = tl.load(x_ptr + offs, mask=mask, other=0.0)
     for rank in tl.static_range(RANKS):
-        if rank != RANK:
+        if rank != RANK and (RANK == 0 or not FIRST):
             there = tl.load(bases_ptr + rank).to(tl.pointer_type(DTYPE))
             there = tl.multiple_of(there, 16) + turn + RANK * BLOCKS * BLOCK
             tl.store(there + offs, x, mask=mask)
@@ -83,12 +85,14 @@ def sum_ranks_kernel(
     gave_up_ptr = tl.load(bases_ptr + RANKS).to(tl.pointer_type(tl.int32))
     total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
-        if rank == RANK:
-            total += x.to(tl.float32)
-        else:
+        if rank != RANK:
             wait_for(flags + rank * BLOCKS + pid, epoch, gave_up_ptr, PATIENCE)
-            here = tl.multiple_of(base.to(tl.pointer_type(DTYPE)), 16)
-            here += turn + rank * BLOCKS * BLOCK
-            total += tl.load(here + offs, mask=mask, other=0.0, volatile=True).to(tl.float32)
+        if rank == 0 or not FIRST:
+            if rank == RANK:
+                total += x.to(tl.float32)
+            else:
+                here = tl.multiple_of(base.to(tl.pointer_type(DTYPE)), 16)
+                here += turn + rank * BLOCKS * BLOCK
+                total += tl.load(here + offs, mask=mask, other=0.0, volatile=True).to(tl.float32)
     tl.store(x_ptr + offs, total.to(DTYPE), mask=mask)
     tl.store(epochs_ptr + pid, epoch)
