@@ -403,7 +403,7 @@ class Captures:
         if not self.fit(model):
             self._steps.clear()
         step = self._steps.get(shape)
-        if ranks is not None and not ranks.all(step is not None):
+        if ranks is not None and not ranks.everywhere(step is not None):
             step = None
         if step is None:
             try:

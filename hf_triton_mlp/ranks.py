@@ -131,14 +131,16 @@ class Ranks:
         first, *others = self._gather_bytes(hashlib.sha256(text.encode()).digest())
         return all(other == first for other in others)
 
-    def all(self, value: bool) -> bool:
+    def everywhere(self, value: bool) -> bool:
         """Whether it is true on all ranks; cheaper than `exchange`."""
         return all(each == b"\1" for each in self._gather_bytes(bytes([value])))
 
     def _gather_bytes(self, value: bytes) -> list[bytes]:
         device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
-        own = torch.tensor(list(value), dtype=torch.uint8, device=device)
-        return [bytes(each.tolist()) for each in self.gather(own)]
+        each = torch.zeros((self.size, len(value)))
+        each[self.rank] = torch.tensor(list(value))
+        with self._losing("comparing what each has"):
+            return [bytes(map(int, row)) for row in self.sum(each.to(device)).tolist()]
 
     def agree(self, found: Mapping[str, Any], doing: str) -> None:
         """Raise ValueError, on all ranks, where one has something else than the first."""
@@ -176,6 +178,8 @@ class Ranks:
         """A RankError for what torch.distributed and CUDA raise."""
         try:
             yield
+        except RankError:
+            raise
         except RuntimeError as error:
             why = gave_up(self.group) or error
             raise RankError(f"{self} lost the others while {doing}: {why}") from error

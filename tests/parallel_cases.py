@@ -489,6 +489,21 @@ def alike() -> None:
             assert "rank 1 differs" in found and said in found, found
         torch.manual_seed(rank)
         assert "manual_seed" in raised(generated, ValueError)
+        with torch.no_grad():
+            plain = model(**batch).logits
+            assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, plain)
+            long, bits = (
+                torch.zeros(1, 1 << 14, tiny.HIDDEN, device=DEVICE),
+                torch.eye(size, tiny.HIDDEN),
+            )
+            for inputs, said in (
+                ({**batch, **other}, "input_ids; there (2,"),
+                ({"input_ids": batch["input_ids"][:, rank:]}, "input_ids; there (2, "),
+                ({**batch, "logits_to_keep": 1 + rank}, "logits_to_keep; there 2, on rank 0 1"),
+                ({"inputs_embeds": long + bits[rank].to(DEVICE)}, "inputs_embeds"),  # same sum
+            ):
+                found = raised(lambda inputs=inputs: model(**inputs), ValueError)
+                assert "what the model is called with" in found and said in found, found
         generated(do_sample=False, top_k=None)  # draws nothing
         model.generate(
             **batch, max_new_tokens=3, streamer=Reader() if rank == 0 else None, do_sample=False
@@ -647,7 +662,7 @@ def stuck() -> None:
     if dist.get_rank() < dist.get_world_size() - 1:
         begun = time.monotonic()
         message = raised(lambda: tokens(model), RuntimeError)
-        assert "lost the others while gathering" in message, message
+        assert "lost the others while adding up" in message, message
         assert time.monotonic() - begun < 20
     dist.barrier()
 
@@ -661,7 +676,7 @@ def killed() -> None:
     message = raised(lambda: logits(model), RuntimeError)
     assert "lost the others while adding up" in message, message
     message = raised(lambda: tokens(model, 40), RuntimeError)
-    assert "lost the others while gathering" in message, message
+    assert "lost the others while adding up" in message, message
     message = raised(model.state_dict, RuntimeError)
     assert "lost the others while gathering" in message, message
     message = raised(lambda: patch_model(build("gpt2"), mp_group=group()), RuntimeError)
