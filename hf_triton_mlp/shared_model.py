@@ -78,7 +78,7 @@ def _shared(forward: Any) -> Any:
     @functools.wraps(forward)  # transformers looks at the arguments
     def shared(self: SharedModel, *args: Any, **kwargs: Any) -> Any:
         ranks = self.ranks_of_model
-        if not (self in _generating or torch.compiler.is_compiling() or _is_captured(self)):
+        if not (torch.compiler.is_compiling() or self in _generating or _is_captured(self)):
             _compare(ranks, _described(args, kwargs), "the model")
         outputs = forward(self, *args, **kwargs)
         logits = getattr(outputs, "logits", None)
