@@ -663,6 +663,8 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
         shown["kernels a step"] = f"{result['launches_per_step']:.0f}"
     if "peak_memory" in result:
         shown["peak memory, GiB"] = f"{result['peak_memory'] / 2**30:.2f}"
+    if "same_on_all_ranks" in result:
+        shown["same on all ranks"] = "yes" if result["same_on_all_ranks"] else "NO"
     shown["first call, s"] = f"{result['first_call_s']:.2f}"
     if "capture_s" in result:
         shown["captures, s"] = f"{result['capture_s']:.2f}"

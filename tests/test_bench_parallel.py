@@ -95,7 +95,8 @@ def generated(folder: Path) -> None:
     assert cell["best_other"] not in (OURS, ALONE) and record["ranks"] == str(RANKS)
     console = Console(width=140, record=True, quiet=False)
     console.print(*bench_generate.tables(record))
-    assert "times unshared" in console.export_text()
+    text = console.export_text()
+    assert "times unshared" in text and "same on all ranks" in text
 
 
 def cases() -> dict[str, Case]:
