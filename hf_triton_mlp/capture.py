@@ -23,7 +23,7 @@ from transformers.utils import logging
 from hf_triton_mlp import attention
 from hf_triton_mlp.choosing import CHOICES, Choice, Choosing
 from hf_triton_mlp.fingerprint import fingerprint
-from hf_triton_mlp.ranks import RankError, together
+from hf_triton_mlp.ranks import LostRankError, RankError, Ranks
 from hf_triton_mlp.step_ops import DTYPES, StepOperations, choose_greedily
 
 logger = logging.get_logger(__name__)
@@ -399,18 +399,17 @@ class Captures:
 
     def step(self, model: Any, shape: StepShape, layers: int) -> Step:
         """The step of this shape, captured now if it was not yet; by all ranks, or by none."""
-        ranks = getattr(model, "ranks_of_model", None)
+        ranks = ranks_of_model(model)
         if not self.fit(model):
             self._steps.clear()
         step = self._steps.get(shape)
         if ranks is not None and not ranks.everywhere(step is not None):
             step = None
         if step is None:
-            try:
-                with together(ranks, "capturing a step"):
-                    step = self._capture_with_room(model, shape, layers)
-            except RankError as error:
-                raise CannotCapture(str(error)) from error
+            if ranks is None:
+                step = self._capture_with_room(model, shape, layers)
+            else:
+                step = self._capture_together(model, shape, layers, ranks)
             found = fingerprint(model)  # a first call may have set numbers
             if found != self._fingerprint:
                 self._steps.clear()
@@ -463,6 +462,20 @@ class Captures:
         except torch.cuda.OutOfMemoryError as error:
             raise CannotCapture(f"there is no memory for {shape}") from error
 
+    def _capture_together(self, model: Any, shape: StepShape, layers: int, ranks: Ranks) -> Step:
+        """A step that all ranks capture; what is kept makes room for the next call's, if it must.
+
+        A rank that has no memory in the middle of a forward is waited for in vain.
+        """
+        try:
+            with ranks.together("capturing a step"):
+                return self._capture(model, shape, layers)
+        except LostRankError:
+            raise
+        except (RankError, torch.cuda.OutOfMemoryError) as error:
+            self._steps.clear()
+            raise CannotCapture(str(error)) from error
+
     def _capture(self, model: Any, shape: StepShape, layers: int) -> Step:
         started = time.perf_counter()
         try:
@@ -472,7 +485,7 @@ class Captures:
                     self._pool, self._pool_bytes = torch.cuda.graph_pool_handle(), 0
                 step.capture(model, self._pool)
                 self._pool_bytes += step.graph_bytes
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, LostRankError):
             raise
         except Exception as error:
             raise CannotCapture(f"a step cannot be captured: {error}") from error
@@ -512,6 +525,11 @@ def most_bytes(device: torch.device) -> float:
 
 
 _CAPTURES: WeakKeyDictionary[nn.Module, Captures] = WeakKeyDictionary()
+
+
+def ranks_of_model(model: Any) -> Ranks | None:
+    """Those that share weights of it, and so decode it together."""
+    return vars(model).get("ranks_of_model")
 
 
 def captures_of(model: nn.Module) -> Captures:

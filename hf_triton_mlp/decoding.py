@@ -33,6 +33,7 @@ from hf_triton_mlp.capture import (
     captures_of,
     drop_stale,
     forget,
+    ranks_of_model,
 )
 from hf_triton_mlp.choosing import Choice, Choosing, ProcessorsByLength, draw
 from hf_triton_mlp.fingerprint import modules_of
@@ -178,14 +179,23 @@ def disable(model: nn.Module) -> None:
 
 def _decode(model: Any, theirs: Callable[..., Any], input_ids: Tensor, **arguments: Any) -> Any:
     """`GenerationMixin._sample` with captured steps, and `theirs` where there cannot be any."""
+    ranks = ranks_of_model(model)
+    run, reason = None, ""
     try:
         run = _Run(model, input_ids, **arguments)
-        with run.captures.in_use(model.device):
-            # Before the prompt's forward, so that `theirs` can still start from the beginning.
-            step = run.first_step()
-            return run.generate(step)
-    except CannotCapture as reason:
-        _say_why(str(reason))
+    except CannotCapture as error:
+        reason = str(error)
+    if ranks is not None and not ranks.everywhere(run is not None):
+        run, reason = None, reason or "another rank cannot"
+    if run is not None:
+        try:
+            with run.captures.in_use(model.device):
+                # Before the prompt's forward, so that `theirs` can still start from the beginning.
+                step = run.first_step()
+                return run.generate(step)
+        except CannotCapture as error:
+            reason = str(error)
+    _say_why(reason)
     drop_stale(model)
     return theirs(input_ids, **arguments)
 

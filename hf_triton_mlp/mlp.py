@@ -6,7 +6,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -887,15 +887,29 @@ def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def set_kind(module: nn.Module, kind: type[StandIn], wanted: bool) -> None:
-    """Let a module's class have what a kind of stand-in adds, or not; other kinds stay."""
+    """Let a module's class have what a kind of stand-in adds, or not; other kinds stay.
+
+    A class that others have derived since, FSDP say, stays when a kind is added alone.
+    """
+    cls: Any = type(module)
+    if wanted == issubclass(cls, kind):
+        return
+    if wanted:
+        change_class(module, stand_in(kind, cls))
+        return
     kinds: list[type[Any]] = []
-    original: Any = type(module)
-    while issubclass(original, StandIn) and original.original_class is not None:
-        kinds.append(original.__bases__[0])
-        original = original.original_class
-    if wanted != (kind in kinds):
-        kinds = [kind, *kinds] if wanted else [each for each in kinds if each is not kind]
-        change_class(module, reduce(lambda cls, each: stand_in(each, cls), kinds[::-1], original))
+    cls = next(each for each in cls.__mro__ if _is_stand_in(each))
+    while _is_stand_in(cls):
+        kinds.append(cls.__bases__[0])
+        cls = cls.original_class
+    for each in reversed(kinds):
+        cls = cls if each is kind else stand_in(each, cls)
+    change_class(module, cls)
+
+
+def _is_stand_in(cls: Any) -> bool:
+    """Whether `stand_in` made it, no other class of it."""
+    return vars(cls).get("original_class") is not None
 
 
 def check_projections(

@@ -173,8 +173,7 @@ def patch_model(
     arguments, and so they do with whatever runs the model, and with unpatch_model, state_dict and
     save_pretrained, which gather the weights. Ranks whose models or arguments differ are refused,
     an error on one is an error on all, and a rank that dies ends the others' calls with an error:
-    with gloo at once, with NCCL after the group's timeout, with a kernel that sums when that has
-    looked for the others long enough.
+    with gloo at once, else after the group's timeout.
 
     Weights are moved, not copied; state_dict keys stay as they are, but for quantized weights.
     Every layer is checked before any is replaced, so that an error leaves the model as it was;

@@ -22,6 +22,10 @@ class RankError(RuntimeError):
     """An error of another rank, or the loss of one: nobody has to be told of it."""
 
 
+class LostRankError(RankError):
+    """The loss of another rank, after which nothing can be done together."""
+
+
 class Ranks:
     """A process group, this process's rank in it, and their number.
 
@@ -74,12 +78,12 @@ class Ranks:
         """Whether this rank adds what joins the sum of all ranks' results once."""
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor: Tensor, doing: str = "adding up what they computed of an MLP") -> Tensor:
         """The sum of all ranks' tensors, in place; a new one under torch.compile."""
         if torch.compiler.is_compiling():
             return functional.all_reduce(tensor, "sum", self.group)
         if tensor.numel() and not tensor.is_meta:
-            with self._losing("adding up what they computed of an MLP"):
+            with self._losing(doing):
                 memory = peer_memory(self.group, tensor)
                 if memory is not None and memory.takes(tensor):
                     memory.sum(tensor)
@@ -139,8 +143,9 @@ class Ranks:
         device = "cuda" if "nccl" in dist.get_backend(self.group) else "cpu"
         each = torch.zeros((self.size, len(value)))
         each[self.rank] = torch.tensor(list(value))
-        with self._losing("comparing what each has"):
-            return [bytes(map(int, row)) for row in self.sum(each.to(device)).tolist()]
+        doing = "comparing what each has"
+        with self._losing(doing):
+            return [bytes(map(int, row)) for row in self.sum(each.to(device), doing).tolist()]
 
     def agree(self, found: Mapping[str, Any], doing: str) -> None:
         """Raise ValueError, on all ranks, where one has something else than the first."""
@@ -175,14 +180,14 @@ class Ranks:
 
     @contextmanager
     def _losing(self, doing: str) -> Iterator[None]:
-        """A RankError for what torch.distributed and CUDA raise."""
+        """A LostRankError for what torch.distributed and CUDA raise."""
         try:
             yield
         except RankError:
             raise
         except RuntimeError as error:
             why = gave_up(self.group) or error
-            raise RankError(f"{self} lost the others while {doing}: {why}") from error
+            raise LostRankError(f"{self} lost the others while {doing}: {why}") from error
 
 
 def ranks_of(group: Any) -> Ranks | None:

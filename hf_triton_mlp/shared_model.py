@@ -7,33 +7,35 @@ PyTorch promises no equal bits on two GPUs, so that at a tie ranks could choose 
 
 import functools
 import hashlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, MaxTimeCriteria
 
 from hf_triton_mlp.mlp import StandIn, TritonMLP, set_kind
 from hf_triton_mlp.peer_memory import gave_up
 from hf_triton_mlp.ranks import RankError, Ranks
 
-#: Bytes of a tensor up to which its checksum is computed on the host.
-ON_THE_HOST = 1 << 16
+#: Bytes of a tensor up to which its checksum is computed on the host, and of which parts above.
+ON_THE_HOST, PART = 1 << 16, 1 << 22
 
-#: Models in a generate() that all ranks have called alike, whose steps need not be compared.
-_generating: WeakSet[nn.Module] = WeakSet()
+#: Groups in a call that was compared: what it calls need not be.
+_compared: WeakSet[Any] = WeakSet()
 
 
 class SharedModel(StandIn):
-    """What sharing adds to the class of the module whose generate() a model's is.
+    """What sharing adds to the class of a model that has generate().
 
     Calls raise ValueError, on all ranks, where one is called with something else, but where a graph
     is captured or compiled.
     """
 
     keeps_name = keeps_module = True
-    ranks_of_model: Ranks
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -41,31 +43,30 @@ class SharedModel(StandIn):
             cls.forward = _shared(cls.original_class.forward)  # pyright: ignore
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        ranks = self.ranks_of_model
-        _compare(ranks, _described(args, kwargs) | _choice(self, kwargs), "generate()")
+        """Raises ValueError for max_time too: each rank would stop by its own clock."""
         theirs: Any = super()
-        _generating.add(self)
-        try:
-            return theirs.generate(*args, **kwargs)
-        except RuntimeError as error:
-            why = gave_up(ranks.group)
-            if why and not isinstance(error, RankError):
-                raise RankError(f"{ranks} lost the others in generate(): {why}") from error
-            raise
-        finally:
-            _generating.discard(self)
+        ranks: Ranks = self.__dict__["ranks_of_model"]
+        given = _by_name(theirs.generate.__func__, (self, *args), kwargs)
+        with _comparing(ranks, "generate()", lambda: _choosing(self, given)):
+            _check_clock(self, given)
+            try:
+                return theirs.generate(*args, **kwargs)
+            except RuntimeError as error:
+                why = gave_up(ranks.group)
+                if why and not isinstance(error, RankError):
+                    raise RankError(f"{ranks} lost the others in generate(): {why}") from error
+                raise
 
 
 def update(model: nn.Module) -> None:
     """Let generate() of a model be that of a shared one exactly while ranks share MLPs of it."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(module, GenerationMixin):
             ranks = next((m.ranks for m in module.modules() if _is_shared(m)), None)
             module.__dict__.pop("ranks_of_model", None)
             if ranks is not None:
                 module.__dict__["ranks_of_model"] = ranks
             set_kind(module, SharedModel, ranks is not None)
-            return
 
 
 def _is_shared(module: Any) -> bool:
@@ -73,14 +74,19 @@ def _is_shared(module: Any) -> bool:
 
 
 def _shared(forward: Any) -> Any:
-    """A model's forward for all ranks; where nothing is trained by the logits, the first rank's."""
+    """A model's forward for all ranks; outputs.logits, if without gradients, are the first's."""
 
     @functools.wraps(forward)  # transformers looks at the arguments
-    def shared(self: SharedModel, *args: Any, **kwargs: Any) -> Any:
-        ranks = self.ranks_of_model
-        if not (torch.compiler.is_compiling() or self in _generating or _is_captured(self)):
-            _compare(ranks, _described(args, kwargs), "the model")
-        outputs = forward(self, *args, **kwargs)
+    def shared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ranks: Ranks | None = self.__dict__.get("ranks_of_model")
+        if ranks is None:  # kept by a wrapper since
+            return forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling() or ranks.group in _compared or _is_captured(self):
+            outputs = forward(self, *args, **kwargs)
+        else:
+            given = _by_name(forward, (self, *args), kwargs)
+            with _comparing(ranks, "the model", lambda: _told_of(given)):
+                outputs = forward(self, *args, **kwargs)
         logits = getattr(outputs, "logits", None)
         if isinstance(logits, Tensor) and not logits.requires_grad:
             outputs.logits = ranks.first(logits)
@@ -93,39 +99,101 @@ def _is_captured(model: Any) -> bool:
     return model.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _compare(ranks: Ranks, found: dict[str, str], what: str) -> None:
+@contextmanager
+def _comparing(ranks: Ranks, what: str, told: Callable[[], dict[str, str]]) -> Iterator[None]:
+    """A call of all ranks, with the same arguments; one within another is not compared."""
+    if ranks.group in _compared:
+        yield
+        return
+    found = told()
     if not ranks.same(repr(found)):
         ranks.agree(found, f"comparing what {what} is called with")
+    _compared.add(ranks.group)
+    try:
+        yield
+    finally:
+        _compared.discard(ranks.group)
 
 
-def _described(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, str]:
-    """Those arguments that can be compared. A streamer may be one rank's alone."""
-    found = {}
-    for name, value in {**dict(enumerate(args)), **kwargs}.items():
-        if isinstance(value, Tensor):
-            values = "" if value.is_meta else f", with checksum {_checksum(value)}"
-            found[f"{name}"] = f"{tuple(value.shape)}, {value.dtype}{values}"
-        elif isinstance(value, bool | int | float | str):
-            found[f"{name}"] = repr(value)
-    return found
+# --- arguments --------------------------------------------------------------------------------
 
 
-def _choice(model: Any, kwargs: dict[str, Any]) -> dict[str, str]:
-    """How generate() chooses tokens, and the random numbers that it draws."""
-    config = kwargs.get("generation_config") or model.generation_config
-    found = {f"generation_config.{name}": repr(v) for name, v in config.to_dict().items()}
-    samples = kwargs.get("do_sample")
-    if config.do_sample if samples is None else samples:
+@functools.cache
+def _names(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _by_name(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a function that has self as the first."""
+    return dict(zip(_names(function), args, strict=False)) | kwargs
+
+
+def _told_of(given: Mapping[str, Any]) -> dict[str, str]:
+    """What is compared of arguments, by name. A streamer may be one rank's alone."""
+    left_out = ("self", "streamer")
+    return {k: _told(v) for k, v in given.items() if v is not None and k not in left_out}
+
+
+def _told(value: Any) -> str:
+    """Of a tensor a checksum, of an object what kind it is."""
+    if isinstance(value, Tensor):
+        values = "" if not _is_plain(value) else f", with checksum {_checksum(value)}"
+        return f"{tuple(value.shape)}, {value.dtype}{values}"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_told, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{name}: {_told(each)}' for name, each in value.items())}}}"
+    length = getattr(value, "get_seq_length", None)  # a cache's
+    return type(value).__name__ + ("" if length is None else f" of {int(length())} tokens")
+
+
+def _choosing(model: Any, given: Mapping[str, Any]) -> dict[str, str]:
+    """What is compared of generate(): also how it chooses tokens, and the numbers it draws."""
+    told = _told_of({name: v for name, v in given.items() if name != "generation_config"})
+    for config in reversed(_configs(model, given)[1:]):
+        told |= {f"generation_config.{k}": _told(v) for k, v in config.items() if v is not None}
+    if _setting(model, given, "do_sample"):
         device = model.device
         state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        found["random numbers (torch.manual_seed)"] = f"with checksum {_checksum(state)}"
-    return found
+        told["random numbers (torch.manual_seed)"] = f"with checksum {_checksum(state)}"
+    return told
+
+
+def _check_clock(model: Any, given: Mapping[str, Any]) -> None:
+    criteria = given.get("stopping_criteria") or ()
+    timed = any(isinstance(each, MaxTimeCriteria) for each in criteria)
+    if timed or _setting(model, given, "max_time") is not None:
+        raise ValueError(
+            "ranks that share weights stop together, and by max_time each stops by its own clock; "
+            "supported: max_new_tokens, max_length, stop_strings, tokens that end a text"
+        )
+
+
+def _configs(model: Any, given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Where generate() looks for a setting, until it is not None."""
+    configs = (given.get("generation_config"), model.generation_config)
+    return [given, *(config.to_dict() for config in configs if config is not None)]
+
+
+def _setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
+    values = (config.get(name) for config in _configs(model, given))
+    return next((value for value in values if value is not None), None)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
 def _checksum(tensor: Tensor) -> str:
     """Of its bits and their order; of much of them on the tensor's device."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
-    bits = tensor.detach().contiguous().view(-1).view(integers)
-    if bits.nbytes > ON_THE_HOST:
-        return f"{int((bits * torch.arange(1, bits.numel() + 1, device=bits.device)).sum()):x}"
-    return hashlib.sha256(bits.cpu().numpy().tobytes()).hexdigest()[:16]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().contiguous().view(-1).view(integers[min(tensor.itemsize, 8)])
+    if bits.nbytes <= ON_THE_HOST:
+        return hashlib.sha256(bits.cpu().numpy().tobytes()).hexdigest()[:16]
+    total = bits.new_zeros((), dtype=torch.int64)
+    places = torch.arange(1, PART + 1, device=bits.device)
+    for part in bits.split(PART):
+        total = 1_000_003 * total + (part * places[: len(part)]).sum()
+    return f"{int(total):x}"

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from test_sparse import opt
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_triton_mlp import (
     MLPConfig,
@@ -484,11 +484,27 @@ def alike() -> None:
             (other, "input_ids; there (2,"),
             ({"count": 9 + rank}, f"max_new_tokens; there {9 + 1}, on rank 0 9"),
             ({"repetition_penalty": 1.0 + rank}, "repetition_penalty"),
+            ({"eos_token_id": [5, 6 + rank]}, "eos_token_id; there [5, 7], on rank 0 [5, 6]"),
+            ({"generation_config": GenerationConfig(min_new_tokens=1 + rank)}, "min_new_tokens"),
         ):
             found = raised(partial(generated, **arguments), ValueError)
             assert "rank 1 differs" in found and said in found, found
         torch.manual_seed(rank)
         assert "manual_seed" in raised(generated, ValueError)
+        model.generation_config.do_sample = True
+        by_default = partial(model.generate, batch["input_ids"], GenerationConfig(max_new_tokens=3))
+        assert "manual_seed" in raised(by_default, ValueError)
+        model.generation_config.do_sample = None
+        assert "own clock" in raised(partial(generated, max_time=9.0, do_sample=False), ValueError)
+        torch.manual_seed(3)
+        limits = {"max_time": 9.0} if rank > 0 else {}
+        assert "max_time" in raised(partial(generated, **limits), ValueError)
+        hook = model.lm_head.register_forward_hook(lambda *_: None) if rank == 0 else None
+        torch.manual_seed(3)
+        assert all(map(torch.equal, (generated(), generated()), expected))
+        if hook is not None:
+            hook.remove()
+        torch.manual_seed(rank)
         with torch.no_grad():
             plain = model(**batch).logits
             assert torch.equal(model(batch["input_ids"], batch["attention_mask"]).logits, plain)
@@ -520,9 +536,12 @@ def alike() -> None:
         model.lm_head.weight = own
         torch.manual_seed(3)
         assert all(map(torch.equal, (generated(), generated()), expected))
+        kept = model.forward
         unpatch_model(model)
         assert type(model) is cls and tiny.tree(model) == before
         assert "ranks_of_model" not in vars(model)
+        with torch.no_grad():
+            assert torch.equal(kept(**batch).logits, model(**batch).logits)
         torch.manual_seed(3)
         assert all(map(torch.equal, (generated(), generated()), expected))
         # Either may come first, and go first.
@@ -662,7 +681,7 @@ def stuck() -> None:
     if dist.get_rank() < dist.get_world_size() - 1:
         begun = time.monotonic()
         message = raised(lambda: tokens(model), RuntimeError)
-        assert "lost the others while adding up" in message, message
+        assert "lost the others while comparing" in message, message
         assert time.monotonic() - begun < 20
     dist.barrier()
 
@@ -673,10 +692,10 @@ def killed() -> None:
     dist.barrier()
     if dist.get_rank() == dist.get_world_size() - 1:
         os._exit(3)
-    message = raised(lambda: logits(model), RuntimeError)
+    message = raised(lambda: model.model.decoder(torch.ones(1, 3).long()), RuntimeError)
     assert "lost the others while adding up" in message, message
     message = raised(lambda: tokens(model, 40), RuntimeError)
-    assert "lost the others while adding up" in message, message
+    assert "lost the others while comparing" in message, message
     message = raised(model.state_dict, RuntimeError)
     assert "lost the others while gathering" in message, message
     message = raised(lambda: patch_model(build("gpt2"), mp_group=group()), RuntimeError)

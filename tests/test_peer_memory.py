@@ -71,6 +71,22 @@ def test_ranks_sum(count: int, size: int, dtype: torch.dtype, first: bool) -> No
                 assert ranks.flags(other, rank)[:used].tolist() == [epoch] * used
 
 
+def test_epochs_wrap_around() -> None:
+    ranks, most = Ranks(2), 2**31 - 1
+    for memory in ranks.memories:
+        memory.epochs.fill_(most - 1)
+    for epoch, next_one in ((most, -(2**31)), (-(2**31), -(2**31) + 1), (1 - 2**31, 2 - 2**31)):
+        parts = [torch.randn(96, device=DEVICE) for _ in range(2)]
+        ranks.write(0, 1, epoch, parts[1])
+        if epoch != most:  # the other is ahead, as it may be
+            ranks.flags(0, 1).fill_(next_one)
+        found = parts[0].clone()
+        launch(ranks.memories[0].launch(found))
+        torch.testing.assert_close(found, parts[0] + parts[1])
+        assert ranks.memories[0].epochs[0].item() == epoch
+        assert ranks.flags(1, 0)[0].item() == epoch
+
+
 def test_what_is_summed_otherwise() -> None:
     memory, of_more = Ranks(2).memories[0], Ranks(3).memories[0]
     assert of_more.takes(torch.empty(BLOCKS * BLOCK_BYTES // 4))

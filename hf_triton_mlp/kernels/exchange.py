@@ -11,12 +11,18 @@ LOOKS = tl.constexpr(1024)
 
 
 @triton.jit
-def wait_for(flag_ptr, epoch, gave_up_ptr, PATIENCE: tl.constexpr):
-    """Until another GPU has raised a flag to this epoch; after PATIENCE ns a note, and a trap."""
+def wait_for(flag_ptr, epoch, gave_up, PATIENCE: tl.constexpr):
+    """Until another GPU has raised a flag to this epoch; after PATIENCE ns a note, and a trap.
+
+    gave_up: the address of the note, which is not 0 then.
+    """
     looks = 0
     begun = tl.full((), 0, tl.int64)
     waited = tl.full((), 0, tl.int64)
-    while (tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") < epoch) & (waited < PATIENCE):
+    # Epochs wrap around.
+    while (tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - epoch < 0) & (
+        waited < PATIENCE
+    ):
         looks += 1
         if not INTERPRETED:
             if looks % LOOKS == 0:
@@ -24,10 +30,14 @@ def wait_for(flag_ptr, epoch, gave_up_ptr, PATIENCE: tl.constexpr):
                 begun = tl.where(begun == 0, now, begun)
                 waited = now - begun
     if not INTERPRETED:
-        if waited >= PATIENCE:
-            tl.atomic_xchg(gave_up_ptr, 1, sem="release", scope="sys")
+        if waited >= PATIENCE:  # by each thread's own look at the clock
             tl.inline_asm_elementwise(
-                "membar.sys; trap; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+                "st.relaxed.sys.global.b32 [$1], $2; membar.sys; trap; mov.b32 $0, 0;",
+                "=r,l,r",
+                [gave_up, waited.to(tl.int32) | 1],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
             )
 
 
@@ -82,11 +92,11 @@ def sum_ranks_kernel(
             tl.atomic_xchg(flags + RANK * BLOCKS + pid, epoch, sem="release", scope="sys")
     base = tl.load(bases_ptr + RANK)
     flags = (base + FLAGS).to(tl.pointer_type(tl.int32))
-    gave_up_ptr = tl.load(bases_ptr + RANKS).to(tl.pointer_type(tl.int32))
+    gave_up = tl.load(bases_ptr + RANKS)
     total = tl.zeros((BLOCK,), tl.float32)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
-            wait_for(flags + rank * BLOCKS + pid, epoch, gave_up_ptr, PATIENCE)
+            wait_for(flags + rank * BLOCKS + pid, epoch, gave_up, PATIENCE)
         if rank == 0 or not FIRST:
             if rank == RANK:
                 total += x.to(tl.float32)
