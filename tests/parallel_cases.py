@@ -80,6 +80,8 @@ QUANTIZED = {
     "phi3": {"intermediate_size": 256},
 }
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 Case = Callable[[], None]
 
 
@@ -166,8 +168,7 @@ def same_as_unshared(model: Any, dtype: torch.dtype, **arguments: Any) -> None:
     assert_equal_states(state(model), before)
 
 
-def family(name: str, depth: str) -> None:
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+def family(name: str, depth: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     for dtype in dtypes if depth == "layer" else dtypes[:1]:
         same_as_unshared(build(name, **MORE.get(name, {})), dtype, depth=depth)
 
@@ -817,6 +818,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
     "four": (
         4,
         {
+            **{name: partial(case, dtypes=DTYPES[:1]) for name, case in _families().items()},
             **{
                 name: case
                 for name, case in _families().items()
