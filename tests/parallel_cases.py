@@ -24,7 +24,12 @@ import torch
 import torch.distributed as dist
 from test_sparse import opt
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    GenerationConfig,
+)
 
 from hf_triton_mlp import (
     MLPConfig,
@@ -553,6 +558,42 @@ def alike() -> None:
         assert type(model) is cls and tiny.tree(model) == before
 
 
+def nested() -> None:
+    """generate() of a model within another, which the other's calls."""
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config={**small, "intermediate_size": 16, "image_size": 8, "patch_size": 4},
+        qformer_config={
+            **small, "intermediate_size": 16, "encoder_hidden_size": 16, "vocab_size": 50
+        },
+        text_config={
+            **small, "model_type": "opt", "ffn_dim": INTERMEDIATE, "word_embed_proj_dim": 16,
+            "max_position_embeddings": 64, "vocab_size": 97,
+        },
+        num_query_tokens=2,
+        image_token_index=96,
+    )  # fmt: skip
+    model = tiny.randomized(Blip2ForConditionalGeneration(config).eval()).to(DEVICE)
+    ids = torch.tensor([[96, 96, 5, 6]], device=DEVICE)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def generated() -> Tensor:
+        pixels = torch.arange(192.0, device=DEVICE).view(1, 3, 8, 8) / 192
+        lengths = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+        return model.generate(pixel_values=pixels, **batch, **lengths)
+
+    expected, classes = generated(), {type(m) for m in model.modules()}
+    patch_model(model, mp_group=group())
+    assert torch.equal(generated(), expected)
+    head = model.language_model.lm_head
+    head.weight = nn.Parameter(
+        torch.randn_like(head.weight) if dist.get_rank() > 0 else head.weight.detach()
+    )
+    assert torch.equal(generated(), expected)
+    unpatch_model(model)
+    assert {type(m) for m in model.modules()} == classes
+
+
 class Reader:
     """A streamer."""
 
@@ -809,7 +850,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
                 case.__name__: case
                 for case in (
                     checkpoints, gradients, own_weights, merged_checkpoints, copies, twice,
-                    adapters, meta, captured_steps, alike, compiled, validated, refused,
+                    adapters, meta, captured_steps, alike, nested, compiled, validated, refused,
                     interrupted, stuck, killed,
                 )
             },

@@ -21,7 +21,7 @@ from hf_triton_mlp.bound import MOST_BOUND, BoundMLP, BoundParts
 from hf_triton_mlp.kernels import INTERPRETED
 from hf_triton_mlp.kernels.activations import ACTIVATIONS
 from hf_triton_mlp.launchers import Launch, launch
-from hf_triton_mlp.mlp import stand_in
+from hf_triton_mlp.mlp import StandIn, set_kind, stand_in
 from hf_triton_mlp.tuning import DECODE_ROWS
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -334,6 +334,45 @@ def test_one_stand_in_for_each_class() -> None:
     assert cls is stand_in(TritonMLP, LlamaMLP) and cls is not stand_in(TritonMLP, nn.Linear)
     assert issubclass(cls, TritonMLP) and issubclass(cls, LlamaMLP)
     assert cls.__name__ == "TritonLlamaMLP" and cls.original_class is LlamaMLP
+
+
+def test_kinds_of_one_module_come_and_go_in_any_order() -> None:
+    class One(StandIn):
+        pass
+
+    class Other(StandIn):
+        pass
+
+    for first, second in ((One, Other), (Other, One)):
+        module = nn.Linear(2, 2)
+        for kind in (first, second, first):
+            set_kind(module, kind, True)
+        assert isinstance(module, One) and isinstance(module, Other)
+        for gone, left in ((first, second), (second, nn.Linear), (second, nn.Linear)):
+            set_kind(module, gone, False)
+            assert isinstance(module, left) and not isinstance(module, gone)
+        assert type(module) is nn.Linear
+
+
+def test_a_class_that_others_derived_stays_under_a_kind_that_is_added() -> None:
+    class One(StandIn):
+        pass
+
+    class Other(StandIn):
+        pass
+
+    module = nn.Linear(2, 2)
+    set_kind(module, One, True)
+    derived = type("Derived", (type(module),), {})
+    module.__class__ = derived
+    set_kind(module, One, True)
+    assert type(module) is derived
+    set_kind(module, Other, True)
+    assert isinstance(module, derived)
+    set_kind(module, Other, False)
+    assert type(module) is derived
+    set_kind(module, One, False)
+    assert type(module) is nn.Linear
 
 
 @pytest.mark.parametrize("device", DEVICES)
