@@ -3,6 +3,7 @@
 Tensors are rows (tokens, size); callers have checked shapes, dtypes and devices.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeGuard
@@ -370,10 +371,12 @@ def branch_normed_mlp(
     norm: str | None,
     norm_eps: float,
     branch_norm: str,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """s + branch_norm(MLP(u)), for s = residual + branch_norm(x + bias) and u = norm(s), or s.
 
-    x: rows (tokens, H). Four launches, or more where K is split.
+    x: rows (tokens, H). Four launches, or more where K is split. add_up: makes MLP(u) of what the
+    weights, a part, give of it.
     """
     w = weights
     up_plan = plan_linear(x.shape[0], w.up, gated=w.gate is not None, dtype=x.dtype)
@@ -387,6 +390,7 @@ def branch_normed_mlp(
     norm_sum(x, bias, residual, attention_norm, pdl=up_plan.pdl)
     u, plans = total if normed is None else normed, (up_plan, down_plan)
     branch = mlp(u, w, activation=activation, plans=plans, waited=True)
+    branch = branch if add_up is None else add_up(branch)
     output_norm = BranchNorm(branch_norm, norm_eps, w.output_norm_weight, out)
     norm_sum(branch, None, total, output_norm, pdl=down_plan.pdl)
     return out

@@ -552,6 +552,10 @@ class TritonMLP(StandIn):
     ) -> Tensor:
         """With branch norms: what the last one takes is the sum of all ranks' results."""
         assert self.ranks is not None
+        if not self.ranks.is_first:
+            weights = weights._replace(down_bias=None)
+        if kernels_apply(input) and not torch.compiler.is_compiling():
+            return self._mlp_gemm.added_up(input, weights, residual, bias, self.ranks.sum)
         config = self.mlp_config
         attention_norm, output_norm, norm = (
             norm_function(kind, weight, None, config.norm_eps)
@@ -564,8 +568,6 @@ class TritonMLP(StandIn):
         assert attention_norm is not None and output_norm is not None
         total = attention_norm(input if bias is None else input + bias)
         total = total if residual is None else residual + total
-        if not self.ranks.is_first:
-            weights = weights._replace(down_bias=None)
         branch = self._gelu_gemm(total if norm is None else norm(total), weights)
         return total + output_norm(self.ranks.sum(branch))
 

@@ -620,6 +620,36 @@ class MLPGemmOp:
             carries,
         )
 
+    def added_up(
+        self,
+        input: Tensor,
+        weights: MLPWeights,
+        residual: Tensor | None,
+        bias: Tensor | None,
+        add_up: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """With branch_norm, by kernels: add_up makes the MLP's results of those of its part here.
+
+        Arguments, and what is raised, as for a call; not to be compiled.
+        """
+        assert self.branch_norm is not None
+        check_tensors(input, weights.up, residual)
+        _check_weights(weights, input)
+        _check_vector("bias", bias, input.shape[-1], input)
+        with on_device(input):
+            out = launchers.branch_normed_mlp(
+                rows(input),
+                None if residual is None else rows(residual),
+                bias,
+                weights,
+                activation=self.activation,
+                norm=self.norm,
+                norm_eps=self.norm_eps,
+                branch_norm=self.branch_norm,
+                add_up=add_up,
+            )
+        return out.view(input.shape)
+
     def compose(
         self,
         input: Tensor,

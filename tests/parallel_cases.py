@@ -752,7 +752,8 @@ def interpreted(name: str, **changes: Any) -> None:
     arguments = changes.pop("arguments", {})
     layers = tiny.layer_count(tiny.VARIANTS.get(name, (name,))[0], 1)
     launched: list[int] = []
-    originals = {(m, n): getattr(m, n) for m, n in ((ops, "mlp"), (launchers, "normed_mlp"))}
+    places = (ops, "mlp"), (launchers, "normed_mlp"), (launchers, "branch_normed_mlp")
+    originals = {(m, n): getattr(m, n) for m, n in places}
 
     def counted(function: Any, *given: Any, **named: Any) -> Any:
         launched.append(1)
