@@ -40,7 +40,7 @@ from hf_triton_mlp import (
 from hf_triton_mlp.density import densities, texts
 from hf_triton_mlp.kernels.activations import ACTIVATIONS, SPARSE
 from hf_triton_mlp.launchers import linear_of
-from hf_triton_mlp.measure import CASES
+from hf_triton_mlp.measure import CASES, Case
 from hf_triton_mlp.patching import patch_model, patch_report, relu_projections, unpatch_model
 from hf_triton_mlp.quality import QualityReport
 from hf_triton_mlp.quantization import CODES
@@ -245,6 +245,9 @@ def tune(
         list[str] | None,
         typer.Option(help="int8, int4 or fp8, instead of 16-bit weights; may be repeated"),
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="the part of one of so many GPUs that share the weights")
+    ] = 1,
     output: Annotated[
         Path | None, typer.Option("--json", help="the table; default: where it is looked for")
     ] = None,
@@ -265,6 +268,7 @@ def tune(
             with torch.device("meta"):
                 model = transformers.AutoModelForCausalLM.from_config(config)
             cases += autotune.cases_of(model, name)
+        cases = [_part(one, ranks) for one in cases]
         if quantization:
             formats = [quantization_of(each) for each in quantization]
             cases = [replace(each, quantization=form) for each in cases for form in formats]
@@ -286,6 +290,15 @@ def tune(
             table.add_row(sizes, str(M), *plans, f"{measured.us:.1f}")
         console.print(table)
         console.print(f"written: {escape(str(path))}", soft_wrap=True)
+
+
+def _part(case: Case, ranks: int) -> Case:
+    """What each of so many ranks has of an MLP."""
+    if case.intermediate % ranks:
+        raise ValueError(
+            f"{case.name}: the intermediate size {case.intermediate} is not a multiple of {ranks}"
+        )
+    return replace(case, intermediate=case.intermediate // ranks)
 
 
 @benchmarks.command("mlp")

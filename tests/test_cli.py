@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,10 @@ def test_tune_measures_the_formats_that_are_named(
     formats = quantization_of("int8"), quantization_of("int4")
     assert [case.quantization for case in seen] == [*formats, *formats]
     assert "768, 3072, int8" in result.output and "768, 3072, int4" in result.output
+    seen.clear()
+    assert run(*place).exit_code == 0
+    whole, seen[:] = seen.copy(), []
+    assert run(*place, "--ranks", "2").exit_code == 0
+    assert seen == [replace(case, intermediate=case.intermediate // 2) for case in whole]
+    result = run(*place, "--ranks", "5")
+    assert result.exit_code == 2 and "is not a multiple of 5" in result.output
