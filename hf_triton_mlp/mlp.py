@@ -124,7 +124,7 @@ class StandIn(nn.Module):
         reduced = super().__reduce_ex__(protocol)
         if "original_class" not in vars(type(self)) or self.original_class is None:
             return reduced
-        return (_new_stand_in, (type(self).__bases__[0], self.original_class), *reduced[2:])
+        return (_new_stand_in, _kinds_of(type(self)), *reduced[2:])
 
 
 class FusedLayer(StandIn):
@@ -169,8 +169,28 @@ def stand_in(kind: type[StandIn], original: type[nn.Module]) -> type[Any]:
     return type(name, (kind, original), body)
 
 
-def _new_stand_in(kind: type[StandIn], original: type[nn.Module]) -> nn.Module:
-    return object.__new__(stand_in(kind, original))
+def _new_stand_in(kinds: list[type[StandIn]], original: type[nn.Module]) -> nn.Module:
+    return object.__new__(_stood_in(kinds, original))
+
+
+def _stood_in(kinds: list[type[StandIn]], original: type[nn.Module]) -> type[Any]:
+    for kind in kinds:
+        original = stand_in(kind, original)
+    return original
+
+
+def _kinds_of(cls: type[Any]) -> tuple[list[type[StandIn]], type[nn.Module]]:
+    """The kinds of stand-ins that a class is, in the order in which they came; the original."""
+    kinds: list[type[StandIn]] = []
+    while _is_stand_in(cls):
+        kinds.insert(0, cls.__bases__[0])
+        cls = cls.original_class
+    return kinds, cls
+
+
+def _is_stand_in(cls: type[Any]) -> bool:
+    """Whether `stand_in` made it, no other class of it."""
+    return vars(cls).get("original_class") is not None
 
 
 class TritonMLP(StandIn):
@@ -899,19 +919,8 @@ def set_kind(module: nn.Module, kind: type[StandIn], wanted: bool) -> None:
     if wanted:
         change_class(module, stand_in(kind, cls))
         return
-    kinds: list[type[Any]] = []
-    cls = next(each for each in cls.__mro__ if _is_stand_in(each))
-    while _is_stand_in(cls):
-        kinds.append(cls.__bases__[0])
-        cls = cls.original_class
-    for each in reversed(kinds):
-        cls = cls if each is kind else stand_in(each, cls)
-    change_class(module, cls)
-
-
-def _is_stand_in(cls: Any) -> bool:
-    """Whether `stand_in` made it, no other class of it."""
-    return vars(cls).get("original_class") is not None
+    kinds, original = _kinds_of(next(each for each in cls.__mro__ if _is_stand_in(each)))
+    change_class(module, _stood_in([each for each in kinds if each is not kind], original))
 
 
 def check_projections(
