@@ -38,7 +38,8 @@ def load_sharded(
     device, and than the memory of the machine. All ranks call it, with the same arguments.
 
     path_or_name: a folder, or a name on the model hub, of a causal language model. dtype: by
-    default the config's, or that of the checkpoint. device: by default this process's GPU, if any.
+    default, and with "auto", the config's, or that of the checkpoint. device: by default this
+    process's GPU, if any.
     Checkpoints that TritonMLPConfig has quantized are read as they are, parts of codes and scales.
     Nothing is compared, for there are no whole weights.
     Raises ValueError for missing weights and other shapes than the config's, by name, for
@@ -89,7 +90,7 @@ def _without_weights(
     """The model as from_pretrained makes it, its parameters on the meta device."""
     config = transformers.AutoConfig.from_pretrained(path_or_name)
     quantizer = _quantizer(path_or_name, config)
-    found = dtype or config.dtype or _floating(where)
+    found = (None if dtype == "auto" else dtype) or config.dtype or _floating(where)
     found = getattr(torch, found) if isinstance(found, str) else found
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=found)

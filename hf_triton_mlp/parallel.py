@@ -119,8 +119,7 @@ def shard(linear: nn.Module, part: Part) -> None:
     with torch.inference_mode(False):
         # All, or none where there is no memory for one.
         taken = {name: part.take(getattr(linear, name).data, dim) for name, dim in split.items()}
-        for name, tensor in taken.items():
-            getattr(linear, name).data = tensor
+        _give(linear, taken)
     _resize(linear, part, 1, part.ranks.size)
     _become(linear, part, split)
 
@@ -134,8 +133,7 @@ def unshard(linear: nn.Module) -> None:
     with torch.inference_mode(False):
         split = linear.split.items()
         gathered = {name: part.gather(getattr(linear, name).data, dim) for name, dim in split}
-        for name, tensor in gathered.items():
-            getattr(linear, name).data = tensor
+        _give(linear, gathered)
     _resize(linear, part, part.ranks.size, 1)
     del linear.part, linear.split
     change_class(linear, linear.original_class)
@@ -199,6 +197,14 @@ def _split(linear: nn.Module, part: Part) -> dict[str, int]:
     elif quantized and linear.scales.shape[1] == 1:  # of whole rows, as each part's are
         del found["scales"], found["zeros"]
     return {name: dim for name, dim in found.items() if getattr(linear, name) is not None}
+
+
+def _give(linear: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Other values of other sizes, which gradients so far do not have."""
+    for name, tensor in tensors.items():
+        held = getattr(linear, name)
+        held.data = tensor
+        held.grad = None
 
 
 def _become(linear: Any, part: Part, split: dict[str, int]) -> None:

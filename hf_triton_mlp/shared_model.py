@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, MaxTimeCriteria
+from transformers import GenerationMixin, MaxTimeCriteria, PreTrainedModel
 
 from hf_triton_mlp.mlp import StandIn, TritonMLP, set_kind
 from hf_triton_mlp.peer_memory import gave_up
@@ -29,39 +29,35 @@ _compared: WeakSet[Any] = WeakSet()
 
 
 class SharedModel(StandIn):
-    """What sharing adds to the class of a model that has generate().
+    """What sharing adds to the class of a model of transformers, within others too.
 
     Calls raise ValueError, on all ranks, where one is called with something else, but where a graph
-    is captured or compiled.
+    is captured or compiled; generate() for max_time too, since each rank has its own clock.
     """
 
     keeps_name = keeps_module = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__bases__[0] is SharedModel and cls.original_class is not None:
-            cls.forward = _shared(cls.original_class.forward)  # pyright: ignore
+        original: Any = cls.original_class
+        if cls.__bases__[0] is SharedModel and original is not None:
+            cls.forward = _shared_forward(original.forward)
+            if issubclass(original, GenerationMixin):
+                cls.generate = _shared_generate(original.generate)  # pyright: ignore
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises ValueError for max_time too: each rank would stop by its own clock."""
-        theirs: Any = super()
-        ranks: Ranks = self.__dict__["ranks_of_model"]
-        given = _by_name(theirs.generate.__func__, (self, *args), kwargs)
-        with _comparing(ranks, "generate()", lambda: _choosing(self, given)):
-            _check_clock(self, given)
-            try:
-                return theirs.generate(*args, **kwargs)
-            except RuntimeError as error:
-                why = gave_up(ranks.group)
-                if why and not isinstance(error, RankError):
-                    raise RankError(f"{ranks} lost the others in generate(): {why}") from error
-                raise
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DistributedDataParallel asks for before it makes all ranks' weights the first's."""
+        raise ValueError(
+            f"ranks share the MLPs of this {type(self).__name__}, and DistributedDataParallel, or "
+            "Trainer with it, would take their parts for copies; call unpatch_model first"
+        )
 
 
 def update(model: nn.Module) -> None:
-    """Let generate() of a model be that of a shared one exactly while ranks share MLPs of it."""
+    """Let models compute together exactly while ranks share MLPs of them."""
     for module in list(model.modules()):
-        if isinstance(module, GenerationMixin):
+        if isinstance(module, PreTrainedModel):
             ranks = next((m.ranks for m in module.modules() if _is_shared(m)), None)
             module.__dict__.pop("ranks_of_model", None)
             if ranks is not None:
@@ -73,7 +69,7 @@ def _is_shared(module: Any) -> bool:
     return isinstance(module, TritonMLP) and module.ranks is not None
 
 
-def _shared(forward: Any) -> Any:
+def _shared_forward(forward: Any) -> Any:
     """A model's forward for all ranks; outputs.logits, if without gradients, are the first's."""
 
     @functools.wraps(forward)  # transformers looks at the arguments
@@ -85,12 +81,34 @@ def _shared(forward: Any) -> Any:
             outputs = forward(self, *args, **kwargs)
         else:
             given = _by_name(forward, (self, *args), kwargs)
-            with _comparing(ranks, "the model", lambda: _told_of(given)):
+            with _comparing(ranks, "the model", lambda: _modes(self) | _told_of(given)):
                 outputs = forward(self, *args, **kwargs)
         logits = getattr(outputs, "logits", None)
         if isinstance(logits, Tensor) and not logits.requires_grad:
             outputs.logits = ranks.first(logits)
         return outputs
+
+    return shared
+
+
+def _shared_generate(generate: Any) -> Any:
+    """A model's generate() for all ranks."""
+
+    @functools.wraps(generate)
+    def shared(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ranks: Ranks | None = self.__dict__.get("ranks_of_model")
+        if ranks is None:
+            return generate(self, *args, **kwargs)
+        given = _by_name(generate, (self, *args), kwargs)
+        with _comparing(ranks, "generate()", lambda: _modes(self) | _choosing(self, given)):
+            _check_clock(self, given)
+            try:
+                return generate(self, *args, **kwargs)
+            except RuntimeError as error:
+                why = gave_up(ranks.group)
+                if why and not isinstance(error, RankError):
+                    raise RankError(f"{ranks} lost the others in generate(): {why}") from error
+                raise
 
     return shared
 
@@ -149,15 +167,33 @@ def _told(value: Any) -> str:
     return type(value).__name__ + ("" if length is None else f" of {int(length())} tokens")
 
 
+def _modes(model: Any) -> dict[str, str]:
+    """What decides besides the arguments how a model computes."""
+    kind = model.device.type
+    found = {
+        "training": f"{model.training}",
+        "gradients": f"{torch.is_grad_enabled()}",
+        "requires_grad": f"{any(weight.requires_grad for weight in model.parameters())}",
+        "autocast": f"{torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)}",
+    }
+    return found | (_random_numbers(model) if model.training else {})
+
+
+def _random_numbers(model: Any) -> dict[str, str]:
+    device = model.device
+    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return {"random numbers (torch.manual_seed)": f"with checksum {_checksum(state)}"}
+
+
 def _choosing(model: Any, given: Mapping[str, Any]) -> dict[str, str]:
     """What is compared of generate(): also how it chooses tokens, and the numbers it draws."""
     told = _told_of({name: v for name, v in given.items() if name != "generation_config"})
     for config in reversed(_configs(model, given)[1:]):
         told |= {f"generation_config.{k}": _told(v) for k, v in config.items() if v is not None}
+    if given.get("streamer") is not None and (_setting(model, given, "num_beams") or 1) > 1:
+        told["streamer"] = "with beams"  # which is an error, so it has to be all ranks'
     if _setting(model, given, "do_sample"):
-        device = model.device
-        state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        told["random numbers (torch.manual_seed)"] = f"with checksum {_checksum(state)}"
+        told |= _random_numbers(model)
     return told
 
 

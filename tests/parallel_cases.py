@@ -247,6 +247,7 @@ def gradients() -> None:
         inputs = tiny.batch(DEVICE, padding="right")
         plain(**inputs, labels=inputs["input_ids"]).loss.backward()
         model = build(name)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()  # gradients of whole sizes
         patch_model(model, mp_group=group())
         for training in (False, True):
             model.zero_grad()
@@ -261,6 +262,7 @@ def gradients() -> None:
                     shard = shards[owner]
                     expected = shard.part.take(expected, shard.split[leaf])
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
+        unpatch_model(model)(**inputs, labels=inputs["input_ids"]).loss.backward()  # again
 
 
 H, I = 24, 64  # noqa: E741
@@ -527,6 +529,18 @@ def alike() -> None:
             ):
                 found = raised(lambda inputs=inputs: model(**inputs), ValueError)
                 assert "what the model is called with" in found and said in found, found
+            inner = partial(model.model.decoder, other["input_ids"])
+            assert "input_ids; there (2," in raised(inner, ValueError)
+            model.train(rank == 0)
+            assert "training" in raised(partial(model, **batch), ValueError)
+            model.eval()
+            with torch.autocast(DEVICE.partition(":")[0], torch.bfloat16, enabled=rank == 0):
+                assert "autocast" in raised(generated, ValueError)
+        with torch.set_grad_enabled(rank == 0):
+            assert "gradients" in raised(partial(model, **batch), ValueError)
+        beams = {"num_beams": 2, "do_sample": False, "top_k": None}
+        reader = Reader() if rank == 0 else None
+        assert "streamer" in raised(partial(generated, streamer=reader, **beams), ValueError)
         generated(do_sample=False, top_k=None)  # draws nothing
         model.generate(
             **batch, max_new_tokens=3, streamer=Reader() if rank == 0 else None, do_sample=False
@@ -543,7 +557,10 @@ def alike() -> None:
         model.lm_head.weight = own
         torch.manual_seed(3)
         assert all(map(torch.equal, (generated(), generated()), expected))
-        kept = model.forward
+        kept, expected_state = model.forward, state(model)
+        ddp = partial(nn.parallel.DistributedDataParallel, model)
+        assert "unpatch_model" in raised(ddp, ValueError)
+        assert_equal_states(state(model), expected_state)
         unpatch_model(model)
         assert type(model) is cls and tiny.tree(model) == before
         assert "ranks_of_model" not in vars(model)
@@ -731,11 +748,13 @@ def stuck() -> None:
 
 def killed() -> None:
     """The last case: a rank that is gone ends the others' calls with an error."""
-    model = patch_model(build("opt"), mp_group=group())
+    model, size = patch_model(build("opt"), mp_group=group()), dist.get_world_size()
+    config = MLPConfig(hidden_size=H, intermediate_size=I, mp_size=size)
+    mlp = TritonMLP(config, mp_group=group()).eval()
     dist.barrier()
-    if dist.get_rank() == dist.get_world_size() - 1:
+    if dist.get_rank() == size - 1:
         os._exit(3)
-    message = raised(lambda: model.model.decoder(torch.ones(1, 3).long()), RuntimeError)
+    message = raised(lambda: mlp(torch.ones(1, H)), RuntimeError)
     assert "lost the others while adding up" in message, message
     message = raised(lambda: tokens(model, 40), RuntimeError)
     assert "lost the others while comparing" in message, message

@@ -146,6 +146,7 @@ def built(name: str, folder: Path) -> None:
 
 def in_another_dtype(folder: Path) -> None:
     assert_as_loaded_whole(folder / "gpt2", torch.bfloat16)
+    assert load_sharded(folder / "gpt2", group(), dtype="auto").dtype == torch.float32
 
 
 def in_several_files(folder: Path) -> None:
