@@ -880,13 +880,10 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
     "four": (
         4,
         {
-            **{name: partial(case, dtypes=DTYPES[:1]) for name, case in _families().items()},
             **{
-                name: case
+                name: partial(case, dtypes=DTYPES[:1])
                 for name, case in _families().items()
-                if name.removesuffix("-layer") in (
-                    "gpt2", "bloom", "opt", "opt-post-norm", "llama", "gemma2", "gptj", "phi3"
-                )
+                if name.endswith("-layer")
             },
             **{
                 name: case
@@ -896,8 +893,7 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
             **{
                 case.__name__: case
                 for case in (
-                    checkpoints, own_weights, merged_checkpoints, meta, alike, refused, interrupted,
-                    killed,
+                    checkpoints, own_weights, merged_checkpoints, meta, refused, interrupted, killed
                 )
             },
         },

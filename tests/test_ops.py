@@ -746,7 +746,7 @@ def test_same_bits_every_run(device: str, tokens: int) -> None:
     op = MLPGemmOp(activation="gelu")
     with torch.no_grad():
         first = op(x, weights, x)
-        assert all(torch.equal(op(x, weights, x), first) for _ in range(5))
+        assert all(torch.equal(op(x, weights, x), first) for _ in range(2 if INTERPRETED else 5))
 
 
 @pytest.mark.parametrize("device", DEVICES)
