@@ -7,8 +7,9 @@ import torch
 
 from hf_triton_mlp import decoding
 
-# The models here are tiny: a second thread costs more than it computes.
+# The models here are tiny: a second thread costs more than it computes, in other processes too.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # rich reads these once, where it is imported: how wide a terminal is must not decide a test.
 for size in ("COLUMNS", "LINES"):
