@@ -538,9 +538,7 @@ def _checksum(tensor: torch.Tensor) -> int:
     plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
     if tensor.is_meta or not plain:
         return 0
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().view(integers[min(tensor.itemsize, 8)])
-    return int(bits.sum(dtype=torch.int64))
+    return int(shared_model.bits_of(tensor).sum(dtype=torch.int64))
 
 
 def _called_norms(spec: MLPSpec, layer: nn.Module, config: MLPConfig) -> list[str]:

@@ -222,10 +222,15 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
 
 
+def bits_of(tensor: Tensor) -> Tensor:
+    """The bits of a plain tensor as integers, on its own memory."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().view(integers[min(tensor.itemsize, 8)])
+
+
 def _checksum(tensor: Tensor) -> str:
     """Of its bits and their order; of much of them on the tensor's device."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = tensor.detach().contiguous().view(-1).view(integers[min(tensor.itemsize, 8)])
+    bits = bits_of(tensor.contiguous().view(-1))
     if bits.nbytes <= ON_THE_HOST:
         return hashlib.sha256(bits.cpu().numpy().tobytes()).hexdigest()[:16]
     total = bits.new_zeros((), dtype=torch.int64)

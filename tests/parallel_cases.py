@@ -887,13 +887,21 @@ KINDS: dict[str, tuple[int, dict[str, Case]]] = {
             },
             **{
                 name: case
+                for name, case in _families().items()
+                if name.removesuffix("-layer") in (
+                    "gpt2", "bloom", "opt", "opt-post-norm", "llama", "gemma2", "gptj", "phi3"
+                )
+            },
+            **{
+                name: case
                 for name, case in _quantized().items()
                 if name in ("opt-int8", "llama-int4", "gpt2-fp8", "phi3-int4-asymmetric")
             },
             **{
                 case.__name__: case
                 for case in (
-                    checkpoints, own_weights, merged_checkpoints, meta, refused, interrupted, killed
+                    checkpoints, own_weights, merged_checkpoints, meta, alike, refused, interrupted,
+                    killed,
                 )
             },
         },
